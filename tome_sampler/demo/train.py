@@ -1,0 +1,154 @@
+"""Train the embedded model on drawn scenes: ``python -m tome_sampler.demo.train --out runs/demo``.
+
+A curriculum over resolution: most steps at 16 x 16 tokens, where a step is cheap and places and colours are learnt,
+then 32 x 32 for shapes, last 64 x 64 for edges and textures. Every step's scenes and noise come from (seed, step)
+alone, so a stopped run that is started again continues exactly where its last checkpoint was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tome_sampler.demo.model import LATENT_SIZE, SIGMA_SHIFT, SceneModel, to_latent
+from tome_sampler.demo.scenes import draw, random_scene
+
+CAPTION_DROPOUT = 0.1
+CHECKPOINT_EVERY = 200
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution of the curriculum."""
+
+    tokens: int
+    batch: int
+    steps: int
+    lr: float
+    final_lr: float
+
+
+CURRICULUM = (
+    Stage(tokens=16, batch=32, steps=4000, lr=1e-3, final_lr=6e-4),
+    Stage(tokens=32, batch=16, steps=2200, lr=6e-4, final_lr=4e-4),
+    Stage(tokens=64, batch=4, steps=1300, lr=3e-4, final_lr=2e-5),
+)
+
+
+def stage_at(step: int) -> tuple[Stage, int]:
+    """The stage of a global step, and the step within it."""
+    for stage in CURRICULUM:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise ValueError(f"the curriculum has {sum(s.steps for s in CURRICULUM)} steps")
+
+
+def sample_sigma(stage: Stage, generator: torch.Generator) -> Tensor:
+    """Noise levels (b,) where shapes form: log-normal, its centre moved with the resolution.
+
+    A picture drawn four times smaller loses its shapes under four times less noise per pixel.
+    """
+    centre = math.log(2.0 * stage.tokens / LATENT_SIZE)
+    return (centre + 1.3 * torch.randn(stage.batch, generator=generator)).exp().clamp(0.02, 42.0)
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """Inverse of :func:`tome_sampler.demo.model.alphas_cumprod`: fractional timesteps in 0 .. 999."""
+    u = torch.atan(sigma / SIGMA_SHIFT) * 2 / math.pi
+    return ((u - 0.006) / (0.97 - 0.006) * 999).clamp(0, 999)
+
+
+def batch_at(step: int, seed: int) -> tuple[Stage, Tensor, list[str], Tensor, Tensor]:
+    """What step `step` trains on: stage, latents, captions, sigmas and noise; a pure function of (step, seed)."""
+    stage, _ = stage_at(step)
+    rng = random.Random(f"{seed}-{step}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    scenes = [random_scene(rng) for _ in range(stage.batch)]
+    latents = to_latent(draw(scenes, 2 * stage.tokens, rng))
+    captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption for scene in scenes]
+    return stage, latents, captions, sample_sigma(stage, generator), torch.randn(latents.shape, generator=generator)
+
+
+def v_loss(model: SceneModel, latents: Tensor, captions: list[str], sigma: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of the velocity (Salimans & Ho 2022) in a variance-preserving process."""
+    s = sigma[:, None, None, None]
+    scale = (1 + s**2).rsqrt()
+    noisy, target = (latents + s * noise) * scale, (noise - s * latents) * scale
+    ids, phrases = model.text.tokenize(captions)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.text(ids, phrases)
+        out = model.unet(noisy.contiguous(memory_format=torch.channels_last), timestep_of(sigma), tokens, return_dict=False)[0]
+    return (out.float() - target).square().mean()
+
+
+def save_weights(model: SceneModel, path: Path) -> None:
+    """The weights as fp16 safetensors, contiguous, nothing else."""
+    save_file({k: v.detach().half().contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def train(out: Path, seed: int, stop_at: int | None = None) -> None:
+    """Run, or continue, the curriculum; writes checkpoint.pt and weights.safetensors (EMA) into `out`."""
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    model = SceneModel().to(memory_format=torch.channels_last)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    start, checkpoint = 0, out / "checkpoint.pt"
+    if checkpoint.exists():
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    total = min(sum(stage.steps for stage in CURRICULUM), stop_at or 10**9)
+    recent = 0.0
+    with tqdm(total=total, initial=start, desc="train", mininterval=5, dynamic_ncols=True) as bar:
+        for step in range(start, total):
+            stage, latents, captions, sigma, noise = batch_at(step, seed)
+            _, within = stage_at(step)
+            lr = stage.lr + (stage.final_lr - stage.lr) * within / stage.steps
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (within + 1) / 200)
+            loss = v_loss(model, latents, captions, sigma, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                weight = 1 - min(0.998, (within + 1) / (within + 10))
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+            recent = loss.item() if step == start else 0.98 * recent + 0.02 * loss.item()
+            bar.update()
+            bar.set_postfix(tokens=stage.tokens, loss=f"{recent:.4f}", refresh=False)
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == total:
+                state = {"model": model.state_dict(), "average": average.state_dict()}
+                torch.save({**state, "optimizer": optimizer.state_dict(), "step": step + 1}, out / "checkpoint.tmp")
+                (out / "checkpoint.tmp").replace(checkpoint)
+                save_weights(average, out / "weights.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tome_sampler.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for checkpoint and weights; an existing checkpoint is continued")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, scenes and noise (default 0)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--stop-at", type=int, default=None, help="stop after this many steps in all (default: the whole curriculum)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train(args.out, args.seed, args.stop_at)
+
+
+if __name__ == "__main__":
+    main()

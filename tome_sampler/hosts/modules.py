@@ -1,0 +1,241 @@
+"""Module trees with ``attn1`` layers (ldm, sgm, diffusers): forward hooks, nothing replaced, nothing copied."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from tome_sampler.attention import proportional_attention
+from tome_sampler.config import MergeConfig
+from tome_sampler.pairing import Pairing
+from tome_sampler.session import Layer, MergeSession, ModelCall
+
+_TIMESTEPS = 1000
+
+# The sessions at work on each root module, innermost last. Weak: it keeps no model alive, and no mark is left on one.
+_attached: weakref.WeakKeyDictionary[nn.Module, list[_Attachment]] = weakref.WeakKeyDictionary()
+
+
+class _Attachment:
+    """The hooks of one session on one module tree."""
+
+    def __init__(self, root: nn.Module, session: MergeSession, branches: tuple[str, ...] | None) -> None:
+        self.session, self._branches = session, branches
+        self._stack = ExitStack()
+        self._open: dict[nn.Module, tuple[Pairing, proportional_attention | None]] = {}
+        self._block_input: dict[nn.Module, Tensor] = {}
+        self._call: AbstractContextManager[None] | None = None
+        blocks = [(name, m) for name, m in root.named_modules() if isinstance(getattr(m, "attn1", None), nn.Module)]
+        if not blocks:
+            raise ValueError(
+                f"{type(root).__name__} has nothing to merge: no module in it has an attention layer named 'attn1', as "
+                "the transformer blocks of ldm, sgm and diffusers U-Nets have"
+            )
+        try:
+            self._hook(root, self._begin, self._end)
+            for number, (name, block) in enumerate(blocks):
+                self._hook_block(number, name, block)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        self._stack.close()
+        self._open.clear()
+        self._block_input.clear()
+
+    def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
+        # RemovableHandle is a context manager. always_call: an exception inside must not leave a state behind.
+        self._stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _hook_block(self, number: int, name: str, block: nn.Module) -> None:
+        config = self.session.config
+        if config.metric == "block":
+
+            def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = _tokens(args, kwargs)
+                if x is not None:
+                    self._block_input[module] = x
+
+            def forget(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                self._block_input.pop(module, None)
+
+            self._hook(block, remember, forget)
+        for part in config.modules:
+            module = getattr(block, part, None)
+            if isinstance(module, nn.Module):
+                layer = Layer(f"{name}.{part}" if name else part, number)
+                self._hook(module, self._before(layer, block, part), self._after)
+
+    def _before(self, layer: Layer, block: nn.Module, part: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = _tokens(args, kwargs)
+            if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)):
+                return None
+            pairing = self.session.merge(layer, x, self._block_input.get(block))
+            if pairing is None:
+                return None
+            merged, mode = pairing.merge(x), None
+            # padding, which evens out different counts, must never be attended to, proportional or not
+            if part == "attn1" and (self.session.config.proportional or pairing.padded):
+                mode = proportional_attention(pairing.log_size if self.session.config.proportional else pairing.log_mask)
+                mode.__enter__()
+            self._open[module] = pairing, mode
+            return _with_tokens(merged, args, kwargs)
+
+        return before
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if module not in self._open:
+            return None
+        pairing, mode = self._open.pop(module)
+        if mode is not None:
+            mode.__exit__(None, None, None)
+            if not mode.used and isinstance(output, Tensor):
+                self.session.note(
+                    f"{type(module).__name__} calls neither scaled_dot_product_attention nor softmax: its merged keys "
+                    "count once each"
+                )
+        return pairing.unmerge(output) if isinstance(output, Tensor) else None
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.session.current is None and not self.session.suspended:
+            call = _call_of(module, args, kwargs, self._branches)
+            if call is not None:
+                self._call = self.session.call(call)
+                self._call.__enter__()
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._call is not None:
+            call, self._call = self._call, None
+            call.__exit__(None, None, None)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The (b n c) tensor that a layer works on: its first argument."""
+    x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    return x if isinstance(x, Tensor) and x.ndim == 3 else None
+
+
+def _with_tokens(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, ("hidden_states" if "hidden_states" in kwargs else "x"): x}
+
+
+def _attends_to_itself(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention layer has no other context, nor a mask made for all tokens."""
+    others = [*args[1:], *(v for k, v in kwargs.items() if k not in ("hidden_states", "x"))]
+    return not any(isinstance(other, Tensor) and other is not x for other in others)
+
+
+def _call_of(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branches: tuple[str, ...] | None
+) -> ModelCall | None:
+    """What a call of a whole model says by itself: its latent's size, its noise level, its batch."""
+    x = args[0] if args else kwargs.get("sample", kwargs.get("x", kwargs.get("input")))
+    time = args[1] if len(args) > 1 else next((kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs), None)
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        return None
+    sigma = None
+    if time is not None:
+        sigma = float(time.max()) if isinstance(time, Tensor) else float(time)
+        if not hasattr(root, "sigmas"):  # a timestep. Only its order counts, so a cosine schedule will do
+            sigma = math.tan(math.pi / 2 * (min(max(sigma, 0.0), _TIMESTEPS - 1) + 1) / (_TIMESTEPS + 1))
+    b = x.shape[0]
+    if branches is None or b % len(branches):
+        return ModelCall(sigma, (x.shape[-2], x.shape[-1]), ("cond",) * b, tuple(range(b)))
+    return ModelCall.chunked(sigma, (x.shape[-2], x.shape[-1]), branches, b // len(branches))
+
+
+def _root_of(model: Any) -> nn.Module:
+    """The module tree of a model: itself, or a pipeline's U-Net or transformer."""
+    for candidate in (model, getattr(model, "unet", None), getattr(model, "transformer", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    raise ValueError(f"{type(model).__name__} is not a torch module and has no 'unet' or 'transformer' that is one")
+
+
+def _others(root: nn.Module) -> list[MergeSession]:
+    """Sessions at work on any part of a module tree."""
+    parts = set(root.modules())
+    return [a.session for other, stack in _attached.items() if other in parts or root in set(other.modules()) for a in stack]
+
+
+def apply_patch(
+    model: Any,
+    config: MergeConfig | None = None,
+    *,
+    branches: Sequence[str] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> MergeSession:
+    """Merge tokens in `model` until :func:`remove_patch`. Prefer :func:`merging`, which undoes itself.
+
+    Args:
+        model: a module tree with ``attn1`` layers (ldm, sgm, diffusers), or a pipeline that has one.
+        config: by default ``MergeConfig()``.
+        branches: how the batches of a model that is called directly are laid out, such as ("uncond", "cond"); a
+            :class:`tome_sampler.CFGDenoiser` tells it by itself.
+        sigmas: the schedule that will be sampled, if known.
+
+    Raises:
+        ValueError: nothing in the model matches; the model is as it was.
+    """
+    root = _root_of(model)
+    config = MergeConfig() if config is None else config
+    if not isinstance(config, MergeConfig):
+        raise ValueError(f"config is {config!r}; it must be a MergeConfig, such as MergeConfig.preset('fast')")
+    session = MergeSession(config, sigmas)
+    attachment = _Attachment(root, session, None if branches is None else tuple(branches))
+    for other in _others(root):  # the innermost of nested sessions works, the others wait
+        other.suspended = True
+    _attached.setdefault(root, []).append(attachment)
+    return session
+
+
+def remove_patch(model: Any) -> Any:
+    """Undo the last :func:`apply_patch` of a model, without a trace; one that has none is left alone. Returns it."""
+    root = _root_of(model)
+    if _attached.get(root):
+        _remove(root, _attached[root][-1])
+    return model
+
+
+def _remove(root: nn.Module, attachment: _Attachment) -> None:
+    stack = _attached.get(root, [])
+    if attachment in stack:
+        stack.remove(attachment)
+        attachment.remove()
+        attachment.session.release()
+        if not stack:
+            del _attached[root]
+        if not attachment.session.suspended and (others := _others(root)):
+            others[-1].suspended = False
+
+
+@contextmanager
+def merging(
+    model: Any,
+    config: MergeConfig | None = None,
+    *,
+    branches: Sequence[str] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Iterator[MergeSession]:
+    """Within it, `model` runs on merged tokens; leaving restores it bit for bit, also after an exception.
+
+    Arguments and errors are those of :func:`apply_patch`.
+    """
+    session = apply_patch(model, config, branches=branches, sigmas=sigmas)
+    root = _root_of(model)
+    attachment = next(a for a in _attached[root] if a.session is session)
+    try:
+        yield session
+    finally:
+        _remove(root, attachment)

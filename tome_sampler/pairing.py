@@ -1,0 +1,103 @@
+"""Which tokens go together: plain index data, made once and applied to many tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """A merged sequence of m rows for n tokens, for each of b batch rows.
+
+    row: (b n) the merged row of each token. size: (b m), fp32, tokens in each row; 0 marks padding, which evens out
+    images that merge different counts. head: (b m) the token that a row is named after: its destination, or the
+    token itself where nothing was merged. prune: a row holds its head's value and not its group's mean. padded: whether
+    there may be padding.
+
+    It knows nothing of how the match was made. Sums are taken in fp32: half-precision group sums overflow.
+    """
+
+    row: Tensor
+    size: Tensor
+    head: Tensor
+    prune: bool = False
+    padded: bool = False
+
+    @classmethod
+    def from_target(cls, target: Tensor, m: int, prune: bool = False, padded: bool = False) -> Pairing:
+        """The pairing in which token i joins token target[i]; a token that stays, or is joined, has itself there.
+
+        Args:
+            target: (b n) token indices; target[target[i]] == target[i].
+            m: length of the merged sequence; at least the largest number of tokens that stay in any row.
+        """
+        b, n = target.shape
+        own = torch.arange(n, device=target.device)
+        row = ((target == own).cumsum(1) - 1).gather(1, target)
+        size = torch.zeros(b, m, device=target.device).scatter_add_(1, row, torch.ones_like(row, dtype=torch.float32))
+        head = torch.zeros(b, m, dtype=torch.long, device=target.device).scatter_(1, row, target)
+        return cls(row, size, head, prune, padded)
+
+    def take(self, index: Tensor) -> Pairing:
+        """The pairing whose batch row i is this one's row index[i]."""
+        return Pairing(self.row[index], self.size[index], self.head[index], self.prune, self.padded)
+
+    @property
+    def target(self) -> Tensor:
+        """(b n) the token that each token is represented by; inverse of :meth:`from_target`."""
+        return self.head.gather(1, self.row)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x (b n c) as (b m c): each row the mean of its tokens, or its head's value when pruning. Padding is 0."""
+        b, n, c = x.shape
+        m = self.size.shape[1]
+        flat = x.reshape(b * n, c)
+        if self.prune:
+            return flat.index_select(0, self._flat_head).view(b, m, c)
+        if x.is_cuda:  # index_add_ adds in any order there; sorted segments are summed in one
+            total = torch.segment_reduce(flat.float().index_select(0, self._order), "sum", lengths=self._lengths)
+        else:
+            total = torch.zeros(b * m, c, device=x.device).index_add_(0, self._flat_row, flat.float())
+        return (total * self._inverse_size).to(x.dtype).view(b, m, c)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """y (b m c) as (b n c): every token gets its row's value. One gather."""
+        b, m, c = y.shape
+        return y.reshape(b * m, c).index_select(0, self._flat_row).view(b, -1, c)
+
+    @cached_property
+    def log_size(self) -> Tensor:
+        """(b m), fp32: what the logits of a merged key gain in proportional attention; -inf for padding."""
+        return self.size.log()
+
+    @cached_property
+    def log_mask(self) -> Tensor:
+        """(b m), fp32: 0 for a row, -inf for padding: attention that is not proportional, but sees no padding."""
+        return self.size.clamp(max=1).log()
+
+    @cached_property
+    def _flat_row(self) -> Tensor:
+        return (self.row + self._offset(self.size.shape[1])).flatten()
+
+    @cached_property
+    def _flat_head(self) -> Tensor:
+        return (self.head + self._offset(self.row.shape[1])).flatten()
+
+    @cached_property
+    def _inverse_size(self) -> Tensor:
+        return self.size.clamp(min=1).reciprocal().view(-1, 1)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        return self._flat_row.argsort(stable=True)
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        return self.size.flatten().long()
+
+    def _offset(self, length: int) -> Tensor:
+        return torch.arange(self.row.shape[0], device=self.row.device)[:, None] * length

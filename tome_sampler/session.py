@@ -1,0 +1,371 @@
+"""One sampling run: the only place where tensors and models meet. It owns all that changes, and dies with the run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tome_sampler.config import MergeConfig
+from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
+from tome_sampler.matching import cell_dst, global_match, grid_dst, local_match, pool_dst, sources_to_merge
+from tome_sampler.pairing import Pairing
+from tome_sampler.refresh import Clock, Moment
+from tome_sampler.stats import Stats
+
+log = logging.getLogger("tome_sampler")
+
+_DRIFT_SAMPLE = 256
+_ALWAYS = 4.0  # added to a cosine it outranks every other; small enough to keep the order in fp32
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What a host tells about one model call.
+
+    sigma: noise level, > 0, or None where unknown: then no pairs are reused. latent_size: (h, w) of the model's
+    input, or None where unknown: then only square token grids are merged. branches: "cond" or "uncond" for each batch
+    row. images: the number of its image, from 0, for each batch row.
+    """
+
+    sigma: float | None
+    latent_size: tuple[int, int] | None
+    branches: tuple[str, ...]
+    images: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.branches) != len(self.images):
+            raise ValueError(f"{len(self.branches)} branches and {len(self.images)} images; each names every batch row")
+        for branch in self.branches:
+            if branch not in ("cond", "uncond"):
+                raise ValueError(f"branch is {branch!r}; it must be 'cond' or 'uncond'")
+
+    @classmethod
+    def chunked(
+        cls, sigma: float | None, latent_size: tuple[int, int] | None, branches: Sequence[str], images: int
+    ) -> ModelCall:
+        """A batch of equal chunks, one for each of `branches`, of `images` rows each."""
+        rows = tuple(branch for branch in branches for _ in range(images))
+        return cls(sigma, latent_size, rows, tuple(range(images)) * len(branches))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place in the model. name: as in ``named_modules``. block: the number of its transformer block, from 0."""
+
+    name: str
+    block: int
+
+
+@dataclass
+class _Cached:
+    """Pairs of one block, and what deciding on their reuse needs."""
+
+    moment: Moment | None
+    call: int
+    branches: frozenset[str]
+    maker: str
+    pairing: Pairing | None  # one row per image, or per batch row; None: nothing to merge
+    expanded: dict[tuple[int, ...], Pairing] = field(default_factory=dict)  # per batch row, by each row's place
+    sample: tuple[Tensor, Tensor] | None = None  # a few merged tokens and their destinations, (rows s) each
+    similarity: Tensor | None = None  # of the sample when it was paired
+    now: Tensor | None = None  # of the sample when it was last reused
+    drift: float = 0.0
+
+
+class MergeSession:
+    """The run state of token merging, and its seam: :meth:`call`, :meth:`merge`, :meth:`observe`.
+
+    Args:
+        config: what the user chose.
+        sigmas: the schedule that the sampler will follow, if known; it makes `start`, `end` and checkpoint fractions
+            exact.
+
+    ``stats`` holds what was done. A session serves one run; :meth:`reset` readies it for the next.
+    """
+
+    def __init__(self, config: MergeConfig, sigmas: Sequence[float] | None = None) -> None:
+        self.config = config
+        self.suspended = False
+        self._sigmas = None if sigmas is None else [float(s) for s in sigmas]
+        self._table: list[float] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run: pairs, importance, statistics and time."""
+        self.stats = Stats()
+        self._clock = Clock(self._sigmas, self._table)
+        self._call: ModelCall | None = None
+        self._moment: Moment | None = None
+        self._calls = 0
+        self._noted: set[str] = set()
+        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._forget_size(None)
+
+    def know_table(self, sigmas: Sequence[float]) -> None:
+        """All noise levels of the model, falling: fractions of a run without a known schedule are places in it."""
+        self._table = [float(s) for s in sigmas]
+        if self._calls == 0:
+            self._clock = Clock(self._sigmas, self._table)
+
+    @property
+    def current(self) -> ModelCall | None:
+        """The model call under way, if a host told of one."""
+        return self._call
+
+    @property
+    def importance(self) -> Tensor | None:
+        """The map (images h w) that the last :meth:`observe` gave, used by the next call."""
+        return self._importance
+
+    @contextmanager
+    def call(self, call: ModelCall) -> Iterator[None]:
+        """Within it, the model runs once as `call` says. State of another latent size is forgotten.
+
+        Raises:
+            ValueError: sigma is not above 0. RuntimeError: a second run without :meth:`reset`.
+        """
+        moment = None if call.sigma is None else self._clock.moment(call.sigma)
+        if call.latent_size != self._latent_size:
+            self._forget_size(call.latent_size)
+        self._call, self._moment = call, moment
+        self._calls += 1
+        self.stats.begin(call.sigma)
+        self._read_drift()
+        try:
+            yield
+        finally:
+            self._call = self._moment = None
+
+    @torch.no_grad()
+    def observe(self, cond: Tensor, uncond: Tensor) -> None:
+        """Importance for the next call, from both branches of this one: model outputs (images c h w)."""
+        self._importance = cfg_magnitude(cond, uncond)
+        self._ranks.clear()
+
+    @torch.no_grad()
+    def merge(self, layer: Layer, x: Tensor, metric: Tensor | None = None) -> Pairing | None:
+        """The pairing to merge a layer's tokens x (b n c) with, or None: leave them alone.
+
+        `metric` (b n c') is what similarity is taken of, by default x itself.
+        """
+        if self.suspended:
+            return None
+        b, n, _ = x.shape
+        grid = self._grid(n)
+        if grid is None:
+            self.note(f"{n} tokens are not the grid of a {self._latent_size or 'square'} latent: passed through")
+            return None
+        self._levels.add(n)
+        config = self.config
+        if sorted(self._levels, reverse=True).index(n) >= config.levels or n < config.min_tokens:
+            return None
+        images, branches = self._rows(b)
+        if images is None:
+            self.note(f"a batch of {b} rows where the model call told of {len(branches)}: passed through")
+            return None
+        pairing, made = None, None
+        if config.ratio > 0 and self._active():
+            pairing, made = self._pairing(layer, x if metric is None else metric, grid, images, branches)
+        after = n if pairing is None else pairing.size.shape[1]
+        self.stats.count(layer.name, n * b, after * b, made)
+        return pairing
+
+    def note(self, message: str) -> None:
+        """Say once, in the log and the statistics, why something was passed through."""
+        if message not in self._noted:
+            self._noted.add(message)
+            self.stats.notes.append(message)
+            log.warning("token merging: %s", message)
+
+    def pairings(self) -> dict[int, Pairing]:
+        """The cached pairing of each block that has one; for pictures of what was merged."""
+        return {key[0]: cached.pairing for key, cached in self._cache.items() if cached.pairing is not None}
+
+    # -- deciding
+
+    def _active(self) -> bool:
+        fraction = 0.0 if self._moment is None else self._moment.fraction
+        return self.config.start - 1e-6 <= fraction < self.config.end + (self.config.end >= 1)
+
+    def _rows(self, b: int) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+        if self._call is None:  # nobody told: each row an image of its own
+            return tuple(range(b)), ("cond",) * b
+        return (self._call.images if len(self._call.images) == b else None), self._call.branches
+
+    def _grid(self, n: int) -> tuple[int, int] | None:
+        if n not in self._grids:
+            self._grids[n] = _grid_of(n, self._latent_size)
+        return self._grids[n]
+
+    def _due(self, cached: _Cached, branches: frozenset[str]) -> bool:
+        now, made_at = self._moment, cached.moment
+        if cached.call == self._calls and self._call is not None:  # another module of the same block
+            return False
+        if now is None or made_at is None or made_at.sigma < now.sigma * (1 - 1e-3):
+            return True
+        if made_at.sigma == now.sigma and not cached.branches & branches:  # the other branch, in a call of its own
+            return False
+        return self.config.refresh.due(made_at, now, cached.drift) or self._prunes(made_at) != self._prunes(now)
+
+    def _prunes(self, moment: Moment | None) -> bool:
+        return moment is not None and moment.fraction < self.config.prune_until - 1e-6
+
+    def _pairing(
+        self, layer: Layer, metric: Tensor, grid: tuple[int, int], images: tuple[int, ...], branches: tuple[str, ...]
+    ) -> tuple[Pairing | None, bool]:
+        """The cached pairing, one row per batch row, or a new one; and whether it is new."""
+        n = metric.shape[1]
+        block = -1 if self.config.share_layers else layer.block
+        unique = tuple(dict.fromkeys(images))
+        if self.config.share_branches:
+            key = (block, n, unique)
+            # the first cond row of each image speaks for it
+            rows = tuple(min((r for r, i in enumerate(images) if i == u), key=lambda r: branches[r] != "cond") for u in unique)
+        else:
+            key = (block, n, images + tuple(-1 - (branch == "cond") for branch in branches))
+            rows = tuple(range(len(images)))
+        cached = self._cache.get(key)
+        made = cached is None or self._due(cached, frozenset(branches))
+        if cached is None or made:
+            cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
+            self._cache[key] = cached
+        elif cached.sample is not None and cached.maker == layer.name and cached.branches & set(branches):
+            cached.now = _similarity(self._take(metric, rows), *cached.sample)
+        pairing = cached.pairing
+        if pairing is not None and len(rows) != len(images):
+            places = tuple(unique.index(image) for image in images)
+            if places not in cached.expanded:
+                cached.expanded[places] = pairing.take(self._on_device(places, metric.device))
+            pairing = cached.expanded[places]
+        return pairing, made
+
+    def _make(
+        self, layer: Layer, metric: Tensor, grid: tuple[int, int], images: tuple[int, ...], branches: tuple[str, ...]
+    ) -> _Cached:
+        """Match the tokens of `metric` (rows n c) on a grid; row i is of the image images[i]."""
+        config, n, prune = self.config, metric.shape[1], self._prunes(self._moment)
+        r = int(n * config.ratio)
+        seed = self._seed(layer) if config.random else None
+        pooled, rank = self._importance_on(grid, images, metric.device)
+        in_pool = None
+        if config.destinations == "pool" and rank is not None and not prune:
+            dst, in_pool = pool_dst(rank, r, config.stride, config.pool, self._seed(layer))
+        elif config.destinations == "cell" and not prune:
+            dst = cell_dst(metric.new_zeros(1, n) if rank is None else rank, grid, config.stride)
+        else:
+            dst = grid_dst(grid, config.stride, metric.device, seed)
+        if config.search == "local":
+            score, nearest = local_match(metric, dst, grid, config.stride, config.neighbourhood)
+        else:
+            score, nearest = global_match(metric, dst)
+        key = score
+        if rank is not None:
+            key = key - config.importance * rank
+            if config.protect:
+                key = torch.where(rank >= 1 - config.protect, key - _ALWAYS, key)
+            if in_pool is not None:
+                key = torch.where(in_pool, key, key + _ALWAYS)
+        key = key.scatter(1, dst.index.expand(len(images), -1), -math.inf)
+        count, m = self._count(key, min(r, n - dst.index.shape[1]))
+        cached = _Cached(self._moment, self._calls, frozenset(branches), layer.name, None)
+        if m == n:
+            return cached
+        order = key.argsort(dim=1, descending=True, stable=True)
+        merged = sources_to_merge(order, count)
+        target = torch.where(merged, nearest, torch.arange(n, device=nearest.device))
+        cached.pairing = Pairing.from_target(target, m, prune, padded=config.threshold is not None and config.batch_rule == "row")
+        if config.refresh.measures_drift:
+            place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device) * (count - 1)
+            token = order.gather(1, place.long().clamp(min=0).expand(len(images), -1))
+            cached.sample = token, target.gather(1, token)
+            cached.similarity = _similarity(metric, *cached.sample)
+        share = score.new_tensor(math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
+        self.stats.measure((score * merged).sum() / merged.sum(), share)
+        return cached
+
+    def _count(self, key: Tensor, most: int) -> tuple[Tensor | int, int]:
+        """How many tokens each row merges, and the length of the merged sequence. Waits for the device only with a
+        threshold, whose count the host must know."""
+        config, n = self.config, key.shape[1]
+        if config.threshold is None:
+            return most, n - most
+        least = min(int(n * config.floor), most)
+        wanted = (key >= config.threshold).sum(1, keepdim=True).clamp(least, most)
+        if config.batch_rule == "max":
+            wanted = wanted.amax(0, keepdim=True)
+        return wanted, n - int(wanted.min())
+
+    # -- run state
+
+    def _forget_size(self, latent_size: tuple[int, int] | None) -> None:
+        self._latent_size = latent_size
+        self._cache: dict[tuple[int, int, tuple[int, ...]], _Cached] = {}
+        self._importance: Tensor | None = None
+        self._ranks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._levels: set[int] = set()
+        self._grids: dict[int, tuple[int, int] | None] = {}
+
+    def release(self) -> None:
+        """Let go of all tensors but the statistics'."""
+        self._forget_size(None)
+        self._index.clear()
+
+    def _read_drift(self) -> None:
+        """The one place that waits for measured drift: once per model call, for all layers together."""
+        measured = [c for c in self._cache.values() if c.now is not None and c.similarity is not None]
+        if measured:
+            lost = torch.stack([c.similarity - c.now for c in measured if c.now is not None and c.similarity is not None])
+            for cached, drift in zip(measured, lost.tolist()):
+                cached.drift, cached.now = drift, None
+
+    def _importance_on(
+        self, grid: tuple[int, int], images: tuple[int, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Importance and its rank on a layer's grid, (rows n) each; computed once per step and size."""
+        if self._importance is None or self._call is None or self._importance.shape[0] != max(self._call.images) + 1:
+            return None, None
+        if grid not in self._ranks:
+            pooled = importance_on_grid(self._importance, grid)
+            self._ranks[grid] = pooled.to(device), importance_rank(pooled).to(device)
+        pooled, rank = self._ranks[grid]
+        return self._take(pooled, images), self._take(rank, images)
+
+    def _take(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        return x if rows == tuple(range(x.shape[0])) else x[self._on_device(rows, x.device)]
+
+    def _on_device(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        if (rows, device) not in self._index:  # copied to the device once a run, not once a layer
+            self._index[rows, device] = torch.tensor(rows, device=device)
+        return self._index[rows, device]
+
+    def _seed(self, layer: Layer) -> int:
+        """A draw for each block and noise level: the same in both branches' calls, and for every device and run."""
+        level = 0 if self._moment is None else round(math.log(self._moment.sigma) * 1e5)
+        block = -1 if self.config.share_layers else layer.block
+        return zlib.crc32(repr((self.config.seed, block, level)).encode())
+
+
+def _similarity(metric: Tensor, token: Tensor, other: Tensor) -> Tensor:
+    """Mean cosine similarity of pairs of tokens, (rows s) each."""
+    a, b = (metric.gather(1, i[..., None].expand(-1, -1, metric.shape[2])).float() for i in (token, other))
+    return functional.cosine_similarity(a, b, dim=-1, eps=1e-6).mean()
+
+
+def _grid_of(n: int, latent_size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The (h, w) of n tokens: the latent downsampled by a whole number, sizes rounded up as strided convolutions do."""
+    if latent_size is None:
+        side = math.isqrt(n)
+        return (side, side) if side * side == n else None
+    for factor in range(1, max(latent_size) + 1):
+        h, w = -(-latent_size[0] // factor), -(-latent_size[1] // factor)
+        if h * w <= n:
+            return (h, w) if h * w == n else None
+    return None
