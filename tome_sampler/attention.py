@@ -27,7 +27,7 @@ _SOFTMAX: set[Callable[..., Any]] = {torch.softmax, Tensor.softmax, F.softmax}
 _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp16
 
 
-class proportional_attention(TorchFunctionMode):  # noqa: N801 - a context manager is named after the state it holds
+class proportional_attention(TorchFunctionMode):
     """Within it, attention over m keys adds `log_size` (b m) to their logits.
 
     ``used`` tells afterwards whether any attention did: one that calls neither of the two functions (xformers' own

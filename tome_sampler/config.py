@@ -211,7 +211,9 @@ PRESETS: dict[str, MergeConfig] = {
         random=True,
     ),
     # Importance-based merging (Wu et al. 2025), with the schedule it uses for Stable Diffusion 2 in 50 steps.
-    "importance": MergeConfig(ratio=0.7, threshold=None, destinations="pool", random=True, prune_until=2 / 50, **_PAPERS),
+    "importance": MergeConfig(
+        ratio=0.7, threshold=None, destinations="pool", random=True, prune_until=2 / 50, **_PAPERS
+    ),
     "quality": MergeConfig(ratio=0.5, floor=0.25),
     "balanced": MergeConfig(),
     "fast": MergeConfig(ratio=0.9, floor=0.75, stride=4),

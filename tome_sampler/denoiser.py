@@ -75,7 +75,9 @@ class CFGDenoiser(nn.Module):
             # uncond first, as k-diffusion's own scripts have it
             order = [len(parts) - 1, *range(len(parts) - 1)] if branches[-1] == "uncond" else [*range(len(parts))]
             batch = _concatenate([parts[i] for i in order])
-            out = self._call(x.repeat(len(parts), 1, 1, 1), sigma.repeat(len(parts)), batch, [branches[i] for i in order])
+            out = self._call(
+                x.repeat(len(parts), 1, 1, 1), sigma.repeat(len(parts)), batch, [branches[i] for i in order]
+            )
             chunks = dict(zip(order, out.chunk(len(parts))))
             return [chunks[i] for i in range(len(parts))]
         return [self._call(x, sigma, part, [branch]) for part, branch in zip(parts, branches)]
@@ -91,7 +93,11 @@ class CFGDenoiser(nn.Module):
 
 
 def _is_weighted(cond: Any) -> bool:
-    return isinstance(cond, list) and bool(cond) and all(isinstance(c, tuple) and len(c) == 2 and isinstance(c[1], (int, float)) for c in cond)
+    return (
+        isinstance(cond, list)
+        and bool(cond)
+        and all(isinstance(c, tuple) and len(c) == 2 and isinstance(c[1], (int, float)) for c in cond)
+    )
 
 
 def _leaves(cond: Any) -> list[Tensor]:
@@ -108,7 +114,9 @@ def _shapes(cond: Any) -> tuple[torch.Size, ...]:
 def _check_batch(cond: Any, b: int) -> None:
     for leaf in _leaves(cond):
         if leaf.ndim == 0 or leaf.shape[0] != b:
-            raise ValueError(f"a conditioning has the shape {tuple(leaf.shape)} and x has {b} images; its first size must be {b}")
+            raise ValueError(
+                f"a conditioning has the shape {tuple(leaf.shape)} and x has {b} images; its first size must be {b}"
+            )
 
 
 def _concatenate(conds: Sequence[Any]) -> Any:

@@ -4,6 +4,7 @@ more than once a step, at sigmas of their own choice, and may go back up."""
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ class Schedule:
 
     def __init__(self, sigmas: Sequence[float]) -> None:
         levels = [float(s) for s in sigmas if float(s) > 0]
-        if not levels or any(not math.isfinite(s) for s in levels) or any(b > a for a, b in zip(levels, levels[1:])):
+        if not levels or any(not math.isfinite(s) for s in levels) or any(b > a for a, b in itertools.pairwise(levels)):
             raise ValueError(f"sigmas are {list(sigmas)[:4]}...; they must fall, be finite, and one must be above 0")
         self._falling = [-math.log(s) for s in levels]
 

@@ -74,9 +74,9 @@ class _Cached:
     maker: str
     pairing: Pairing | None  # one row per image, or per batch row; None: nothing to merge
     expanded: dict[tuple[int, ...], Pairing] = field(default_factory=dict)  # per batch row, by each row's place
-    sample: tuple[Tensor, Tensor] | None = None  # a few merged tokens and their destinations, (rows s) each
+    sample: tuple[Tensor, ...] = ()  # a few merged tokens and their destinations, (rows s) each
     similarity: Tensor | None = None  # of the sample when it was paired
-    now: Tensor | None = None  # of the sample when it was last reused
+    lost: Tensor | None = None  # of that similarity, when last reused; not yet read
     drift: float = 0.0
 
 
@@ -107,6 +107,7 @@ class MergeSession:
         self._calls = 0
         self._noted: set[str] = set()
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._importance: Tensor | None = None
         self._forget_size(None)
 
     def know_table(self, sigmas: Sequence[float]) -> None:
@@ -228,7 +229,8 @@ class MergeSession:
         if self.config.share_branches:
             key = (block, n, unique)
             # the first cond row of each image speaks for it
-            rows = tuple(min((r for r, i in enumerate(images) if i == u), key=lambda r: branches[r] != "cond") for u in unique)
+            order = sorted(range(len(images)), key=lambda r: branches[r] != "cond")
+            rows = tuple(next(r for r in order if images[r] == image) for image in unique)
         else:
             key = (block, n, images + tuple(-1 - (branch == "cond") for branch in branches))
             rows = tuple(range(len(images)))
@@ -237,8 +239,8 @@ class MergeSession:
         if cached is None or made:
             cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
             self._cache[key] = cached
-        elif cached.sample is not None and cached.maker == layer.name and cached.branches & set(branches):
-            cached.now = _similarity(self._take(metric, rows), *cached.sample)
+        elif cached.similarity is not None and cached.maker == layer.name and cached.branches & set(branches):
+            cached.lost = cached.similarity - _similarity(self._take(metric, rows), *cached.sample)
         pairing = cached.pairing
         if pairing is not None and len(rows) != len(images):
             places = tuple(unique.index(image) for image in images)
@@ -281,7 +283,8 @@ class MergeSession:
         order = key.argsort(dim=1, descending=True, stable=True)
         merged = sources_to_merge(order, count)
         target = torch.where(merged, nearest, torch.arange(n, device=nearest.device))
-        cached.pairing = Pairing.from_target(target, m, prune, padded=config.threshold is not None and config.batch_rule == "row")
+        ragged = config.threshold is not None and config.batch_rule == "row"
+        cached.pairing = Pairing.from_target(target, m, prune, padded=ragged)
         if config.refresh.measures_drift:
             place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device) * (count - 1)
             token = order.gather(1, place.long().clamp(min=0).expand(len(images), -1))
@@ -308,7 +311,7 @@ class MergeSession:
     def _forget_size(self, latent_size: tuple[int, int] | None) -> None:
         self._latent_size = latent_size
         self._cache: dict[tuple[int, int, tuple[int, ...]], _Cached] = {}
-        self._importance: Tensor | None = None
+        self._importance = None
         self._ranks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._levels: set[int] = set()
         self._grids: dict[int, tuple[int, int] | None] = {}
@@ -320,11 +323,11 @@ class MergeSession:
 
     def _read_drift(self) -> None:
         """The one place that waits for measured drift: once per model call, for all layers together."""
-        measured = [c for c in self._cache.values() if c.now is not None and c.similarity is not None]
+        measured = [(cached, cached.lost) for cached in self._cache.values() if cached.lost is not None]
         if measured:
-            lost = torch.stack([c.similarity - c.now for c in measured if c.now is not None and c.similarity is not None])
-            for cached, drift in zip(measured, lost.tolist()):
-                cached.drift, cached.now = drift, None
+            lost = torch.stack([lost for _, lost in measured]).tolist()
+            for (cached, _), drift in zip(measured, lost, strict=True):
+                cached.drift, cached.lost = drift, None
 
     def _importance_on(
         self, grid: tuple[int, int], images: tuple[int, ...], device: torch.device

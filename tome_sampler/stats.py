@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,8 @@ def _mean(values: Sequence[Tensor]) -> float | None:
     if not values:
         return None
     stacked = torch.stack([v.float() for v in values])
-    return None if bool(stacked.isnan().all()) else float(stacked.nanmean())
+    mean = float(stacked.nanmean())
+    return None if math.isnan(mean) else mean
 
 
 @dataclass

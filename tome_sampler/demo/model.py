@@ -54,13 +54,14 @@ class CaptionEncoder(nn.Module):
     def forward(self, ids: Tensor, phrases: Tensor) -> Tensor:
         words = self.word(ids)
         together = ((phrases[:, :, None] == phrases[:, None, :]) & (phrases[:, :, None] > 0)).to(words.dtype)
-        return self.norm(words + self.phrase(together @ words))
+        out: Tensor = self.norm(words + self.phrase(together @ words))
+        return out
 
 
-class SceneUNet(UNet2DConditionModel):  # type: ignore[misc]
+class SceneUNet(UNet2DConditionModel):
     """``UNet2DConditionModel`` that also sees where each token lies: six position channels join the latent.
 
-    They make the picture's places easy to learn and let one set of weights work at several resolutions.
+    These make the picture's places easy to learn and let one set of weights work at several resolutions.
     """
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
@@ -68,8 +69,10 @@ class SceneUNet(UNet2DConditionModel):  # type: ignore[misc]
         y = torch.linspace(-1 + 1 / h, 1 - 1 / h, h, device=sample.device, dtype=sample.dtype)
         x = torch.linspace(-1 + 1 / w, 1 - 1 / w, w, device=sample.device, dtype=sample.dtype)
         y, x = y[:, None].expand(h, w), x[None, :].expand(h, w)
-        where = torch.stack([x, y, (math.pi * x).cos(), (math.pi * y).cos(), (math.pi * x).sin(), (math.pi * y).sin()])
-        return super().forward(torch.cat([sample, where.expand(b, -1, -1, -1)], 1), timestep, encoder_hidden_states, **kwargs)
+        turns = math.pi * torch.stack([x, y])
+        where = torch.cat([torch.stack([x, y]), turns.cos(), turns.sin()])
+        sample = torch.cat([sample, where.expand(b, -1, -1, -1)], 1)
+        return super().forward(sample, timestep, encoder_hidden_states, **kwargs)
 
 
 class SceneModel(nn.Module):
@@ -90,6 +93,18 @@ class SceneModel(nn.Module):
             norm_num_groups=16,
             sample_size=LATENT_SIZE,
         )
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
+        """The velocity (b 12 h w) at a fractional timestep (b,) in 0 .. 999, for caption tokens (b 24 128)."""
+        out: Tensor = self.unet(x, timestep, cond, return_dict=False)[0]
+        return out
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Caption tokens (b 24 128); the empty caption is the unconditional one."""
+        ids, phrases = self.text.tokenize(captions)
+        device = self.text.word.weight.device
+        tokens: Tensor = self.text(ids.to(device), phrases.to(device))
+        return tokens
 
 
 def to_latent(pictures: Tensor) -> Tensor:

@@ -82,9 +82,7 @@ def random_scene(rng: random.Random) -> Scene:
     """A scene drawn uniformly: number of objects, places, shapes, colours, sizes, texture, background."""
     places = rng.sample(list(POSITIONS), rng.randint(1, 3))
     things = tuple(
-        Thing(
-            shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)), size=rng.choice(list(SIZES)), position=place
-        )
+        Thing(shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)), size=rng.choice(list(SIZES)), position=place)
         for place in places
     )
     return Scene(things=things, texture=rng.choice(TEXTURES), background=rng.choice(list(BACKGROUNDS)))

@@ -88,7 +88,7 @@ def v_loss(model: SceneModel, latents: Tensor, captions: list[str], sigma: Tenso
     ids, phrases = model.text.tokenize(captions)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model.text(ids, phrases)
-        out = model.unet(noisy.contiguous(memory_format=torch.channels_last), timestep_of(sigma), tokens, return_dict=False)[0]
+        out: Tensor = model(noisy.contiguous(memory_format=torch.channels_last), timestep_of(sigma), tokens)
     return (out.float() - target).square().mean()
 
 
@@ -101,7 +101,7 @@ def train(out: Path, seed: int, stop_at: int | None = None) -> None:
     """Run, or continue, the curriculum; writes checkpoint.pt and weights.safetensors (EMA) into `out`."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    model = SceneModel().to(memory_format=torch.channels_last)
+    model = SceneModel().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     start, checkpoint = 0, out / "checkpoint.pt"
@@ -140,10 +140,17 @@ def train(out: Path, seed: int, stop_at: int | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tome_sampler.demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for checkpoint and weights; an existing checkpoint is continued")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for checkpoint and weights; an existing checkpoint is continued",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, scenes and noise (default 0)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--stop-at", type=int, default=None, help="stop after this many steps in all (default: the whole curriculum)")
+    parser.add_argument(
+        "--stop-at", type=int, default=None, help="stop after this many steps in all (default: the whole curriculum)"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

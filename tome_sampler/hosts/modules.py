@@ -85,8 +85,10 @@ class _Attachment:
             merged, mode = pairing.merge(x), None
             # padding, which evens out different counts, must never be attended to, proportional or not
             if part == "attn1" and (self.session.config.proportional or pairing.padded):
-                mode = proportional_attention(pairing.log_size if self.session.config.proportional else pairing.log_mask)
-                mode.__enter__()
+                mode = proportional_attention(
+                    pairing.log_size if self.session.config.proportional else pairing.log_mask
+                )
+                mode.__enter__()  # type: ignore[no-untyped-call]
             self._open[module] = pairing, mode
             return _with_tokens(merged, args, kwargs)
 
@@ -97,7 +99,7 @@ class _Attachment:
             return None
         pairing, mode = self._open.pop(module)
         if mode is not None:
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if not mode.used and isinstance(output, Tensor):
                 self.session.note(
                     f"{type(module).__name__} calls neither scaled_dot_product_attention nor softmax: its merged keys "
@@ -141,7 +143,11 @@ def _call_of(
 ) -> ModelCall | None:
     """What a call of a whole model says by itself: its latent's size, its noise level, its batch."""
     x = args[0] if args else kwargs.get("sample", kwargs.get("x", kwargs.get("input")))
-    time = args[1] if len(args) > 1 else next((kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs), None)
+    time = (
+        args[1]
+        if len(args) > 1
+        else next((kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs), None)
+    )
     if not isinstance(x, Tensor) or x.ndim != 4:
         return None
     sigma = None
@@ -166,7 +172,9 @@ def _root_of(model: Any) -> nn.Module:
 def _others(root: nn.Module) -> list[MergeSession]:
     """Sessions at work on any part of a module tree."""
     parts = set(root.modules())
-    return [a.session for other, stack in _attached.items() if other in parts or root in set(other.modules()) for a in stack]
+    return [
+        a.session for other, stack in _attached.items() if other in parts or root in set(other.modules()) for a in stack
+    ]
 
 
 def apply_patch(

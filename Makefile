@@ -1,0 +1,37 @@
+# `make demo` and `make test` work from a fresh clone: each installs what it needs into $(VENV) first.
+VENV ?= .venv
+PYTHON ?= python3
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check format clean
+
+demo: $(INSTALLED)  ## sample the embedded model plain and merged; pictures and figures in out/demo
+	$(VENV)/bin/tome-sampler demo --out out/demo
+
+test: $(INSTALLED)  ## the whole test suite
+	$(VENV)/bin/python -m pytest
+
+check: $(INSTALLED)  ## lint, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)  ## rewrite the code in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the virtual environment and what was made
+	rm -rf $(VENV) out build dist
+
+# torch first, so that nothing installed later brings another one. k-diffusion and the two peers without their
+# dependencies: the first's would replace torch, ca-tome asks for an old one.
+$(INSTALLED): pyproject.toml
+	@echo "== making $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "== installing torch"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@echo "== installing tome-sampler and its development tools"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' diffusers==0.42.1
+	@echo "== installing k-diffusion and the peers that the tests compare with"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1 tomesd==0.1.3 ca-tome==0.1.3
+	@touch $@
