@@ -47,24 +47,27 @@ class CFGDenoiser(nn.Module):
         Args:
             sigma: noise levels (b,).
             uncond: conditioning, a tensor (b ...) or a dict, list or tuple of such; None: no guidance.
-            cond: likewise, or a list of (conditioning, weight) pairs, whose guidances are added up.
-            cond_scale: guidance scale; 1 samples cond alone. Without guidance there is no importance.
+            cond: likewise, or a list of (conditioning, weight) pairs, whose guidances are added up (without an
+                uncond: their weighted mean).
+            cond_scale: guidance scale; at 1 a single cond is sampled alone. Without guidance there is no importance.
 
         Raises:
-            ValueError: a conditioning is not of x's batch.
+            ValueError: a conditioning is not of x's batch, or the weights add up to 0 without an uncond.
         """
         conds = cond if _is_weighted(cond) else [(cond, 1.0)]
-        guided = uncond is not None and cond_scale != 1
+        if uncond is None and sum(weight for _, weight in conds) == 0:
+            raise ValueError("the weights of cond add up to 0; without an uncond their sum must be another number")
+        guided = uncond is not None and (cond_scale != 1 or len(conds) > 1)
         parts = [c for c, _ in conds] + ([uncond] if guided else [])
         for part in parts:
             _check_batch(part, x.shape[0])
         branches = ["cond"] * len(conds) + ["uncond"] * guided
         out = self._model(x, sigma, parts, branches)
         if not guided:
-            weights = [w for _, w in conds]
-            return out[0] if len(out) == 1 else sum(o * (w / sum(weights)) for o, w in zip(out, weights))  # type: ignore[return-value]
+            total = sum(weight for _, weight in conds)
+            return torch.stack([o * (w / total) for o, (_, w) in zip(out, conds, strict=True)]).sum(0)
         base = out[-1]
-        guidance = sum((o - base) * w for o, (_, w) in zip(out, conds))
+        guidance = sum((o - base) * w for o, (_, w) in zip(out, conds, strict=False))
         if self.session is not None:
             self.session.observe(base + guidance, base)
         denoised: Tensor = base + guidance * cond_scale
@@ -78,9 +81,9 @@ class CFGDenoiser(nn.Module):
             out = self._call(
                 x.repeat(len(parts), 1, 1, 1), sigma.repeat(len(parts)), batch, [branches[i] for i in order]
             )
-            chunks = dict(zip(order, out.chunk(len(parts))))
+            chunks = dict(zip(order, out.chunk(len(parts)), strict=True))
             return [chunks[i] for i in range(len(parts))]
-        return [self._call(x, sigma, part, [branch]) for part, branch in zip(parts, branches)]
+        return [self._call(x, sigma, part, [branch]) for part, branch in zip(parts, branches, strict=True)]
 
     def _call(self, x: Tensor, sigma: Tensor, cond: Any, branches: Sequence[str]) -> Tensor:
         if self.session is None:
@@ -126,4 +129,4 @@ def _concatenate(conds: Sequence[Any]) -> Any:
         return torch.cat(list(conds))
     if isinstance(first, dict):
         return {key: _concatenate([c[key] for c in conds]) for key in first}
-    return type(first)(_concatenate(list(parts)) for parts in zip(*conds))
+    return type(first)(_concatenate(list(parts)) for parts in zip(*conds, strict=True))

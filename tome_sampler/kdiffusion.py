@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 
 _LOCK = threading.RLock()
@@ -73,7 +74,7 @@ def _torchvision_at_hand() -> Iterator[None]:
         return
     hidden = {name: sys.modules.pop(name) for name in _TORCHVISION if name in sys.modules}
     stands_in = {name: ModuleType(name) for name in _TORCHVISION}
-    for parent, child in zip(_TORCHVISION, _TORCHVISION[1:], strict=False):
+    for parent, child in pairwise(_TORCHVISION):
         stands_in[parent].__path__ = []
         setattr(stands_in[parent], child.rpartition(".")[2], stands_in[child])
     sys.modules.update(stands_in)

@@ -73,7 +73,7 @@ def pool_dst(rank: Tensor, r: int, stride: int, pool: float, seed: int) -> tuple
     Wu et al. 2025, section 3.3: the pool has min(pool * (n - r), n) tokens, n / stride**2 of them become
     destinations, drawn per image without replacement.
     """
-    b, n = rank.shape
+    n = rank.shape[1]
     k = max(n // stride**2, 1)
     members = max(min(int(pool * (n - r)), n), k)
     order = rank.argsort(dim=1, descending=True, stable=True)
@@ -89,7 +89,7 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     Products are taken in the metric's own precision, of vectors normalised in fp32; a zero vector is similar to
     nothing (0), never NaN.
     """
-    b, n, c = metric.shape
+    b, _, c = metric.shape
     unit = _unit(metric).to(metric.dtype)
     index = dst.index.expand(b, -1)
     candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).transpose(1, 2)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="what to draw, one to three objects and a background; repeat it for more pictures (default: four captions)",
+        help="what to draw, one to three objects and a background; repeat it for more (default: four captions)",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps, at least 2 (default %(default)s)")
     parser.add_argument("--sampler", default="dpmpp_2m", help="a k-diffusion sampler's name (default %(default)s)")

@@ -153,7 +153,8 @@ def table(data: dict[str, Any]) -> str:
     for name, row in [*named, ("all (medians)", data["overall"])]:
         lines.append(
             f"| {name} | {row['seconds_plain']:.2f} | {row['seconds_merged']:.2f} | {row['speedup']:.2f}x | "
-            f"{row['merged_fraction']:.0%} | {row['pairings_made']} / {row['pairings_reused']} | {row['psnr']:.1f} | {row['ssim']:.4f} |"
+            f"{row['merged_fraction']:.0%} | {row['pairings_made']} / {row['pairings_reused']} | "
+            f"{row['psnr']:.1f} | {row['ssim']:.4f} |"
         )
     return "\n".join(lines)
 
