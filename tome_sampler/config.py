@@ -134,11 +134,13 @@ class MergeConfig:
         for name in ("random", "share_branches", "share_layers", "proportional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if not isinstance(self.modules, (tuple, list)) or not self.modules:
+            raise ValueError(f"modules is {self.modules!r}; it must be a list of at least one of {', '.join(MODULES)}")
         object.__setattr__(self, "modules", tuple(self.modules))
-        if not self.modules:
-            raise ValueError(f"modules is empty; name at least one of {', '.join(MODULES)}")
         for module in self.modules:
             _one_of("modules", module, MODULES)
+        if len(set(self.modules)) < len(self.modules):
+            raise ValueError(f"modules is {self.modules!r}; it must name each one once")
         if self.destinations == "pool" and self.search == "local":
             raise ValueError("search is 'local', which needs one destination per cell; destinations 'pool' has none")
         if not isinstance(self.refresh, Refresh):

@@ -176,7 +176,7 @@ def refresh_from_dict(data: Mapping[str, Any]) -> Refresh:
     """
     arguments = dict(data)
     kind = arguments.pop("kind", None)
-    if kind not in _POLICIES:
+    if not isinstance(kind, str) or kind not in _POLICIES:
         raise ValueError(f"refresh kind is {kind!r}; it must be one of {', '.join(_POLICIES)}")
     try:
         return _POLICIES[kind](**arguments)

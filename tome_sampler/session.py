@@ -276,9 +276,12 @@ class MergeSession:
             if in_pool is not None:
                 key = torch.where(in_pool, key, key + _ALWAYS)
         key = key.scatter(1, dst.index.expand(len(images), -1), -math.inf)
-        count, m = self._count(key, min(r, n - dst.index.shape[1]))
+        most = min(r, n - dst.index.shape[1])
+        if rank is not None and config.protect:  # nor does a ratio reach them
+            most = max(min(most, n - dst.index.shape[1] - int(n * config.protect) - 1), 0)
+        count, m = self._count(key, most)
         cached = _Cached(self._moment, self._calls, frozenset(branches), layer.name, None)
-        if m == n:
+        if isinstance(count, int) and count == 0:
             return cached
         order = key.argsort(dim=1, descending=True, stable=True)
         merged = sources_to_merge(order, count)
@@ -290,7 +293,7 @@ class MergeSession:
             token = order.gather(1, place.long().clamp(min=0).expand(len(images), -1))
             cached.sample = token, target.gather(1, token)
             cached.similarity = _similarity(metric, *cached.sample)
-        share = score.new_tensor(math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
+        share = score.new_full((), math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
         self.stats.measure((score * merged).sum() / merged.sum(), share)
         return cached
 
@@ -304,7 +307,8 @@ class MergeSession:
         wanted = (key >= config.threshold).sum(1, keepdim=True).clamp(least, most)
         if config.batch_rule == "max":
             wanted = wanted.amax(0, keepdim=True)
-        return wanted, n - int(wanted.min())
+        fewest, largest = torch.stack(wanted.aminmax()).tolist()
+        return (wanted, n - fewest) if largest else (0, n)
 
     # -- run state
 

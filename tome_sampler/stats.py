@@ -56,15 +56,20 @@ class Stats:
 
     def measure(self, similarity: Tensor, importance: Tensor) -> None:
         """New pairs were made: the mean similarity of the merged tokens, and their share of importance (or NaN)."""
-        self.calls[-1].measured.append((similarity, importance))
+        self._latest().measured.append((similarity, importance))
 
     def count(self, layer: str, before: int, after: int, made: bool | None) -> None:
         """A layer worked on `after` instead of `before` tokens; on new pairs, cached ones, or (None) on none."""
-        for target in (self.layers.setdefault(layer, LayerStats()), self.calls[-1]):
+        for target in (self.layers.setdefault(layer, LayerStats()), self._latest()):
             target.tokens_before += before
             target.tokens_after += after
             target.pairings_made += made is True
             target.pairings_reused += made is False
+
+    def _latest(self) -> CallStats:
+        if not self.calls:  # a part of a model runs by itself, and nobody told of a call
+            self.begin(None)
+        return self.calls[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. This is where the device is read.

@@ -134,11 +134,12 @@ def scene_from_caption(caption: str) -> Scene:
     return Scene(things=tuple(things), texture=texture, background=background)
 
 
-def _rgb(colour: tuple[int, int, int]) -> Tensor:
+def rgb(colour: tuple[int, int, int]) -> Tensor:
+    """A colour of 0 .. 255 as (3,) in [-1, 1]."""
     return torch.tensor(colour, dtype=torch.float32).div(127.5).sub(1)
 
 
-def _distance(shape: str, x: Tensor, y: Tensor, r: float) -> Tensor:
+def signed_distance(shape: str, x: Tensor, y: Tensor, r: float) -> Tensor:
     """Signed distance (negative inside) to a shape of radius r centred at the origin."""
     if shape == "circle":
         return torch.hypot(x, y) - r
@@ -160,7 +161,7 @@ def draw(scenes: Sequence[Scene], size: int, rng: random.Random) -> Tensor:
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     pictures = []
     for scene in scenes:
-        base = _rgb(BACKGROUNDS[scene.background])
+        base = rgb(BACKGROUNDS[scene.background])
         u, v = x + rng.random(), y + rng.random()
         if scene.texture == "striped":
             wave = torch.sin(2 * math.pi * 7 * (u + v))
@@ -177,8 +178,8 @@ def draw(scenes: Sequence[Scene], size: int, rng: random.Random) -> Tensor:
             px, py = POSITIONS[thing.position]
             r = SIZES[thing.size] * rng.uniform(0.92, 1.06)
             px, py = px + rng.uniform(-0.012, 0.012), py + rng.uniform(-0.012, 0.012)
-            distance = _distance(thing.shape, x - px, y - py, r)
+            distance = signed_distance(thing.shape, x - px, y - py, r)
             inside = (0.5 - distance * size).clamp(0, 1)
-            picture = picture + inside * (_rgb(COLOURS[thing.colour])[:, None, None] - picture)
+            picture = picture + inside * (rgb(COLOURS[thing.colour])[:, None, None] - picture)
         pictures.append(picture)
     return torch.stack(pictures).clamp(-1, 1)

@@ -47,8 +47,18 @@ class _Attachment:
     def remove(self) -> None:
         """Take every hook off again."""
         self._stack.close()
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Close what an interrupt left open: torch runs `always_call` hooks after an Exception, not after others."""
+        for _, mode in self._open.values():
+            if mode is not None:
+                mode.__exit__(None, None, None)
         self._open.clear()
         self._block_input.clear()
+        if self._call is not None:
+            call, self._call = self._call, None
+            call.__exit__(None, None, None)
 
     def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
         # RemovableHandle is a context manager. always_call: an exception inside must not leave a state behind.
@@ -108,6 +118,7 @@ class _Attachment:
         return pairing.unmerge(output) if isinstance(output, Tensor) else None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._abandon()
         if self.session.current is None and not self.session.suspended:
             call = _call_of(module, args, kwargs, self._branches)
             if call is not None:

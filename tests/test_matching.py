@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tome_sampler.matching import (
+    Dst,
+    cell_dst,
+    cell_size,
+    global_match,
+    grid_dst,
+    hashed_uniform,
+    local_match,
+    pool_dst,
+    sources_to_merge,
+)
+
+CPU = torch.device("cpu")
+GRIDS = [(h, w) for h in range(1, 10) for w in range(1, 10)]
+STRIDES = [2, 3, 4]
+
+
+def cells(h: int, w: int, stride: int, whole: bool) -> list[list[int]]:
+    """The tokens of each cell, row by row; with `whole`, without those that the edge cuts."""
+    sy, sx = min(stride, h), min(stride, w)
+    found = []
+    for top in range(0, h, sy):
+        for left in range(0, w, sx):
+            tokens = [y * w + x for y in range(top, min(top + sy, h)) for x in range(left, min(left + sx, w))]
+            if not whole or len(tokens) == sy * sx:
+                found.append(tokens)
+    return found
+
+
+def test_hashed_numbers_are_the_same_for_a_seed_and_uniform() -> None:
+    for seed in (0, 1, 12345, (1 << 32) - 1):
+        u = hashed_uniform(20_000, seed, CPU)
+        assert torch.equal(u, hashed_uniform(20_000, seed, CPU))
+        assert torch.equal(u[:100], hashed_uniform(100, seed, CPU))
+        assert float(u.min()) >= 0
+        assert float(u.max()) < 1
+        share = torch.histc(u, 20, 0, 1) / 1000
+        assert (share - 1).abs().max() < 0.15
+        assert abs(float(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1])) < 0.03
+    neighbours = torch.stack([hashed_uniform(20_000, s, CPU) for s in (7, 8)])
+    assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_grid_destinations_are_one_in_each_whole_cell(stride: int) -> None:
+    for h, w in GRIDS:
+        whole = cells(h, w, stride, whole=True)
+        for seed in (None, 0, 1):
+            dst = grid_dst((h, w), stride, CPU, seed)
+            assert dst.cells == (h // min(stride, h), w // min(stride, w))
+            assert dst.index.shape == (1, len(whole))
+            for token, cell in zip(dst.index[0].tolist(), whole, strict=True):
+                assert token in cell
+                assert seed is not None or token == cell[0]
+
+
+def test_random_grid_destinations_reach_every_place_of_a_cell() -> None:
+    picks = torch.cat([grid_dst((8, 8), 2, CPU, seed).index for seed in range(40)])
+    offsets = (picks // 8 % 2) * 2 + picks % 2
+    assert (offsets.flatten().bincount(minlength=4) / offsets.numel() - 0.25).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_cell_destinations_are_the_most_important_of_each_cell_cut_ones_included(stride: int) -> None:
+    for h, w in GRIDS:
+        rank = torch.rand(2, h * w)
+        rank[1] = 0.5  # all alike: the first of each cell
+        dst = cell_dst(rank, (h, w), stride)
+        every = cells(h, w, stride, whole=False)
+        assert dst.index.shape == (2, len(every))
+        assert dst.cells is not None
+        assert dst.cells[0] * dst.cells[1] == len(every)
+        for place, cell in enumerate(every):
+            assert int(dst.index[0, place]) == max(cell, key=lambda t: float(rank[0, t]))
+            assert int(dst.index[1, place]) == cell[0]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_pool_destinations_are_distinct_in_the_pool_and_as_many_as_cells(stride: int) -> None:
+    for n in (1, 2, 9, 16, 50, 81):
+        rank = torch.rand(3, n)
+        for ratio in (0.1, 0.5, 0.7, 1 - 1 / stride**2):
+            r = int(n * ratio)
+            dst, in_pool = pool_dst(rank, r, stride, 1.4, seed=3)
+            k = max(n // stride**2, 1)
+            members = max(min(int(1.4 * (n - r)), n), k)
+            assert dst.cells is None
+            assert dst.index.shape == (3, k)
+            assert (in_pool.sum(1) == members).all()
+            for row in range(3):
+                best = set(rank[row].argsort(descending=True)[:members].tolist())
+                chosen = dst.index[row].tolist()
+                assert set(in_pool[row].nonzero()[:, 0].tolist()) == best
+                assert len(set(chosen)) == k
+                assert set(chosen) <= best
+            assert torch.equal(pool_dst(rank[1:2], r, stride, 1.4, seed=3)[0].index[0], dst.index[1])
+
+
+def slow_match(
+    metric: Tensor, dst: list[int], allowed: dict[int, set[int]] | None = None
+) -> tuple[list[float], list[int]]:
+    """Each token's best destination in plain Python, of one image, in doubles."""
+    unit = [v / max(float(np.linalg.norm(v)), 1e-6) for v in metric.double().numpy()]
+    scores, tokens = [], []
+    for token in range(len(unit)):
+        options = [d for d in dst if allowed is None or d in allowed[token]]
+        score, where = max(((float(unit[token] @ unit[d]), -d) for d in options), default=(-2.0, 0))
+        scores.append(score)
+        tokens.append(-where)
+    return scores, tokens
+
+
+def near_cells(h: int, w: int, stride: int, dst: Dst, neighbourhood: int) -> dict[int, set[int]]:
+    """For each token the destinations whose cell is at most `neighbourhood` cells from its own."""
+    sy, sx = cell_size((h, w), stride)
+    assert dst.cells is not None
+    home = {d: divmod(place, dst.cells[1]) for place, d in enumerate(dst.index[0].tolist())}
+    return {
+        t: {d for d, (cy, cx) in home.items() if max(abs(t // w // sy - cy), abs(t % w // sx - cx)) <= neighbourhood}
+        for t in range(h * w)
+    }
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 8), (7, 1), (5, 5), (6, 9), (8, 8)])
+@pytest.mark.parametrize("stride", STRIDES)
+def test_the_global_match_is_the_slow_one(grid: tuple[int, int], stride: int) -> None:
+    h, w = grid
+    metric = torch.randn(2, h * w, 6)
+    for dst in (grid_dst(grid, stride, CPU, 5), cell_dst(torch.rand(2, h * w), grid, stride)):
+        score, nearest = global_match(metric, dst)
+        for row in range(2):
+            slow_score, slow_nearest = slow_match(metric[row], dst.index.expand(2, -1)[row].tolist())
+            torch.testing.assert_close(score[row].double(), torch.tensor(slow_score).double(), atol=1e-5, rtol=0)
+            assert nearest[row].tolist() == slow_nearest
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 8), (7, 1), (5, 5), (6, 9), (9, 7)])
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("neighbourhood", [1, 2])
+def test_the_local_match_is_the_slow_one_of_neighbours(grid: tuple[int, int], stride: int, neighbourhood: int) -> None:
+    h, w = grid
+    metric = torch.randn(1, h * w, 6)
+    for dst in (grid_dst(grid, stride, CPU, 5), cell_dst(torch.rand(1, h * w), grid, stride)):
+        score, nearest = local_match(metric, dst, grid, stride, neighbourhood)
+        allowed = near_cells(h, w, stride, dst, neighbourhood)
+        slow_score, slow_nearest = slow_match(metric[0], dst.index[0].tolist(), allowed)
+        torch.testing.assert_close(score[0].double(), torch.tensor(slow_score).double(), atol=1e-5, rtol=0)
+        reached = torch.tensor(slow_score) > -2
+        assert torch.equal(nearest[0][reached], torch.tensor(slow_nearest)[reached])
+
+
+def test_a_local_match_of_destinations_without_cells_is_refused() -> None:
+    with pytest.raises(ValueError, match="one destination per cell"):
+        local_match(torch.randn(1, 4, 2), Dst(torch.tensor([[0]]), None), (2, 2), 2, 1)
+
+
+def test_a_zero_vector_is_similar_to_nothing_and_never_nan() -> None:
+    metric = torch.randn(1, 16, 4)
+    metric[0, [1, 5, 6]] = 0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        dst = grid_dst((4, 4), 2, CPU, None)
+        for score, nearest in (global_match(metric.to(dtype), dst), local_match(metric.to(dtype), dst, (4, 4), 2, 1)):
+            assert torch.isfinite(score).all()
+            assert score[0, [1, 5, 6]].abs().max() == 0
+            assert set(nearest.flatten().tolist()) <= set(dst.index[0].tolist())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_finds_as_similar_destinations(dtype: torch.dtype, tolerance: float) -> None:
+    metric = torch.randn(1, 256, 32) * 300  # squares overflow in fp16
+    dst = grid_dst((16, 16), 2, CPU, 1)
+    for match in (global_match, lambda m, d: local_match(m, d, (16, 16), 2, 1)):
+        exact, half = match(metric, dst)[0], match(metric.to(dtype), dst)[0]
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, exact, atol=tolerance, rtol=0)
+
+
+def test_a_match_in_chunks_is_the_match_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, dst = torch.randn(2, 60, 4), grid_dst((6, 10), 2, CPU, 1)
+    at_once = global_match(metric, dst)
+    monkeypatch.setattr("tome_sampler.matching._SCORES_AT_ONCE", 2 * 15 * 7)
+    for whole, part in zip(at_once, global_match(metric, dst), strict=True):
+        torch.testing.assert_close(part, whole)
+
+
+def test_the_first_of_an_order_are_marked_by_one_count_or_one_each() -> None:
+    order = torch.tensor([[3, 1, 0, 2], [0, 1, 2, 3]])
+    assert sources_to_merge(order, 2).int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
+    assert sources_to_merge(order, torch.tensor([[0], [3]])).int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 0]]
+
+
+def test_destinations_touch_no_generator() -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    grid_dst((8, 8), 2, CPU, 3)
+    pool_dst(torch.rand(1, 64, generator=torch.Generator()), 40, 2, 1.4, 3)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert (before[2] == np.random.get_state()[1]).all()
