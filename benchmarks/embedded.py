@@ -5,7 +5,7 @@ are those of the U-Net alone, wall clock; speed-ups are ratios to plain on the s
 plain picture.
 
     python benchmarks/embedded.py --prompts 8
-    python benchmarks/embedded.py --method plain --method tomesd:ratio=0.5 --method default --method fast:proportional=False
+    python benchmarks/embedded.py --method tomesd:ratio=0.5 --method default --method fast:proportional=False
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ METHODS = ("plain", "tomesd:ratio=0.5", "quality", "balanced", "fast", "ca_tome"
 
 
 @contextmanager
-def stopwatch(owner: Any, name: str, clock: dict[str, float]) -> Iterator[None]:
-    """Within it, the time spent in a method is added to clock[name]."""
+def stopwatch(owner: Any, name: str, clock: dict[str, float], part: str) -> Iterator[None]:
+    """Within it, the time spent in a method is added to clock[part]."""
     original = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +45,7 @@ def stopwatch(owner: Any, name: str, clock: dict[str, float]) -> Iterator[None]:
         try:
             return original(*args, **kwargs)
         finally:
-            clock[name] = clock.get(name, 0.0) + time.perf_counter() - started
+            clock[part] = clock.get(part, 0.0) + time.perf_counter() - started
 
     setattr(owner, name, timed)
     try:
@@ -86,34 +86,19 @@ def sample(method: str, caption: str, seed: int, args: argparse.Namespace) -> di
     conditioning = demo.encode([caption, ""])
     extra_args = {"cond": conditioning[:1], "uncond": conditioning[1:], "cond_scale": args.cond_scale}
     clock: dict[str, float] = {}
-    with torch.no_grad(), applied(method, model, sigmas.tolist()) as session, stopwatch(model.unet, "forward", clock):
-        with (
-            stopwatch(tome_sampler.MergeSession, "merge", clock),
-            stopwatch(tome_sampler.Pairing, "unmerge", clock),
-        ):
-            matching_before = clock.get("merge", 0.0)
-            pairing_merge = tome_sampler.Pairing.merge
-
-            def merge(pairing: tome_sampler.Pairing, tokens: torch.Tensor) -> torch.Tensor:
-                started = time.perf_counter()
-                merged = pairing_merge(pairing, tokens)
-                clock["averaging"] = clock.get("averaging", 0.0) + time.perf_counter() - started
-                return merged
-
-            tome_sampler.Pairing.merge = merge  # type: ignore[method-assign]
-            try:
-                torch.manual_seed(seed)
-                latent = sampler(
-                    CFGDenoiser(wrapped, session), x * sigmas[0], sigmas, extra_args=extra_args, disable=True
-                )
-            finally:
-                tome_sampler.Pairing.merge = pairing_merge  # type: ignore[method-assign]
+    with (
+        torch.no_grad(),
+        applied(method, model, sigmas.tolist()) as session,
+        stopwatch(model.unet, "forward", clock, "unet"),
+        stopwatch(tome_sampler.MergeSession, "merge", clock, "matching"),
+        stopwatch(tome_sampler.Pairing, "merge", clock, "merge"),
+        stopwatch(tome_sampler.Pairing, "unmerge", clock, "unmerge"),
+    ):
+        torch.manual_seed(seed)
+        latent = sampler(CFGDenoiser(wrapped, session), x * sigmas[0], sigmas, extra_args=extra_args, disable=True)
     return {
         "picture": to_picture(latent)[0],
-        "unet": clock["forward"],
-        "matching": clock.get("merge", 0.0) - matching_before,
-        "merge": clock.get("averaging", 0.0),
-        "unmerge": clock.get("unmerge", 0.0),
+        **{part: clock.get(part, 0.0) for part in ("unet", "matching", "merge", "unmerge")},
         "merged_fraction": session.stats.to_dict()["merged_fraction"] if session else None,
     }
 
@@ -149,20 +134,21 @@ def main() -> None:
                 rows[method].append(
                     {k: v for k, v in row.items() if k != "picture"} | {"caption": caption, "seed": seed}
                 )
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.sampler}, "
-          f"{args.steps} steps, cond_scale {args.cond_scale:g}, {args.prompts} prompts, 64x64 tokens, CFG batch 2; medians")  # fmt: skip
     print(
-        "| method | U-Net, s | speed-up | tokens merged | matching / merge / unmerge | PSNR, dB | SSIM |\n|---|---|---|---|---|---|---|"
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.sampler}, "
+        f"{args.steps} steps, cond_scale {args.cond_scale:g}, {args.prompts} prompts, 64x64 tokens, CFG batch 2; medians"
     )
+    print("| method | U-Net, s | speed-up | tokens merged | matching / merge / unmerge | PSNR, dB | SSIM |")
+    print("|---|---|---|---|---|---|---|")
     for method, found in rows.items():
-
-        def median(key: str, found: list[dict[str, Any]] = found) -> float:
-            return statistics.median(row[key] for row in found)
-
-        share = " / ".join(f"{median(key) / median('unet'):.1%}" for key in ("matching", "merge", "unmerge"))
-        merged = "" if found[0]["merged_fraction"] is None else f"{median('merged_fraction'):.0%}"
-        print(f"| {method} | {median('unet'):.2f} | {median('speedup'):.2f}x | {merged} | {share} | "
-              f"{median('psnr'):.1f} | {median('ssim'):.4f} |")  # fmt: skip
+        keys = [k for k, v in found[0].items() if isinstance(v, float)]
+        m = {key: statistics.median(row[key] for row in found) for key in keys}
+        share = " / ".join(f"{m[key] / m['unet']:.1%}" for key in ("matching", "merge", "unmerge"))
+        merged = f"{m['merged_fraction']:.0%}" if "merged_fraction" in m else ""
+        print(
+            f"| {method} | {m['unet']:.2f} | {m['speedup']:.2f}x | {merged} | {share} | "
+            f"{m['psnr']:.1f} | {m['ssim']:.4f} |"
+        )
     if args.json:
         args.json.write_text(json.dumps({"settings": vars(args) | {"json": str(args.json)}, "rows": rows}, indent=1))
 

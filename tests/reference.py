@@ -16,8 +16,8 @@ TABLE |= {0.7: (0.42, 0.58, 0.12, 0.05), 0.75: (0.35, 0.65, 0.10, 0.0)}
 
 def best(metric: Vectors, token: int, options: list[int]) -> tuple[float, int]:
     """The most similar of `options`, and its cosine."""
-    a = metric[token].astype(np.float64)
-    scores = [float(a @ metric[o] / (np.linalg.norm(a) * np.linalg.norm(metric[o].astype(np.float64)))) for o in options]
+    a, others = metric[token].astype(np.float64), [metric[o].astype(np.float64) for o in options]
+    scores = [float(a @ o / (np.linalg.norm(a) * np.linalg.norm(o))) for o in others]
     return max(scores), options[int(np.argmax(scores))]
 
 

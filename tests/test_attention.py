@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from ldm import CrossAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
+
+from tome_sampler import Pairing
+from tome_sampler.attention import Form, proportional_attention
+
+FORMS: list[Form] = ["mask", "channel"]
+
+
+def duplicates(b: int = 2, groups: int = 9, c: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Pairing]:
+    """Tokens (b n c) of which many are exact copies, and the pairing of the copies, its second row padded."""
+    target = torch.arange(3 * groups).repeat(b, 1)
+    for row in range(b):
+        heads = torch.randperm(3 * groups)[: groups - row].sort().values
+        choice = heads[torch.randint(len(heads), (3 * groups,))]
+        target[row] = choice.scatter(0, heads, heads)
+    x = torch.randn(b, 3 * groups, c).to(dtype).gather(1, target[..., None].expand(-1, -1, c))
+    return x, Pairing.from_target(target, groups, padded=True)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)  # (b h n d)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["heads", "folded", "single"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("channels", [16, 10])
+def test_merged_duplicates_attend_as_they_did_in_sdpa(
+    form: Form, layout: str, scale: float | None, channels: int
+) -> None:
+    x, pairing = duplicates(c=channels)
+    make = {"heads": lambda t: heads_of(t, 2), "folded": lambda t: heads_of(t, 2).flatten(0, 1), "single": lambda t: t}
+    shaped = make[layout]
+    q = torch.randn(2, 5, channels)
+    exact = F.scaled_dot_product_attention(shaped(q), shaped(x), shaped(x), scale=scale)
+    y = pairing.merge(x)
+    with proportional_attention(pairing.log_size, form) as mode:
+        merged = F.scaled_dot_product_attention(shaped(q), shaped(y), shaped(y), scale=scale)
+    assert mode.used
+    assert merged.shape == exact.shape
+    torch.testing.assert_close(merged, exact, atol=1e-5, rtol=1e-5)
+    assert (F.scaled_dot_product_attention(shaped(q), shaped(y), shaped(y)) - exact).abs().max() > 1e-2  # without it
+
+
+@pytest.mark.parametrize("name", ["method", "torch", "functional"])
+def test_merged_duplicates_attend_as_they_did_in_einsum_and_softmax(name: str) -> None:
+    softmax = {"method": Tensor.softmax, "torch": torch.softmax, "functional": F.softmax}[name]
+    x, pairing = duplicates()
+    q, heads = torch.randn(4, 5, 8), lambda t: heads_of(t, 2).flatten(0, 1)
+
+    def attend(k: Tensor) -> Tensor:
+        return softmax(torch.einsum("bid,bjd->bij", q, heads(k)), dim=-1) @ heads(k)
+
+    exact = attend(x)
+    with proportional_attention(pairing.log_size) as mode:
+        merged = attend(pairing.merge(x))
+    assert mode.used
+    torch.testing.assert_close(merged, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_whole_ldm_attention_over_merged_duplicates_is_exact() -> None:
+    x, pairing = duplicates()
+    attention = CrossAttention(16).eval()
+    with proportional_attention(pairing.log_size):
+        merged = pairing.unmerge(attention(pairing.merge(x)))
+    torch.testing.assert_close(merged, attention(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_that_is_there_already_holds_too(form: Form, kind: str) -> None:
+    x, pairing = duplicates(b=1)
+    y, q = pairing.merge(x)[:, None], torch.randn(1, 2, 5, 16)
+    y = y.expand(-1, 2, -1, -1)
+    seen = torch.rand(1, 1, 5, y.shape[2]) > 0.3
+    seen[..., 0] = True
+    bias = torch.randn(1, 1, 5, y.shape[2])
+    mask = seen if kind == "bool" else bias
+    added = torch.where(seen, 0.0, -torch.inf) if kind == "bool" else bias
+    logits = q @ y.transpose(-1, -2) * 16**-0.5 + pairing.log_size[:, None, None] + added
+    with proportional_attention(pairing.log_size, form):
+        merged = F.scaled_dot_product_attention(q, y, y, attn_mask=mask)
+    torch.testing.assert_close(merged, logits.softmax(-1) @ y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("c", [40, 64, 80, 160])
+def test_half_precision_stays_finite_and_close_padding_included(form: Form, dtype: torch.dtype, c: int) -> None:
+    x, pairing = duplicates(c=c, dtype=dtype)
+    q, y = torch.randn(2, 1, 5, c).to(dtype), pairing.merge(x)[:, None]
+    with proportional_attention(pairing.log_size, form):
+        merged = F.scaled_dot_product_attention(q, y, y)
+    assert merged.dtype == dtype
+    assert torch.isfinite(merged).all()
+    exact = F.scaled_dot_product_attention(q.float(), x[:, None].float(), x[:, None].float())
+    torch.testing.assert_close(merged.float(), exact, atol=5e-2, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("proportional", [True, False])
+def test_padding_is_never_attended_to(form: Form, proportional: bool) -> None:
+    x, pairing = duplicates()
+    bias = pairing.log_size if proportional else pairing.log_mask
+    y, q = pairing.merge(x), torch.randn(2, 5, 16)
+    poisoned = y.masked_fill((pairing.size == 0)[..., None], 1e3)
+    assert not torch.equal(poisoned, y)
+    with proportional_attention(bias, form):
+        assert torch.equal(*(F.scaled_dot_product_attention(q, k, k) for k in (y, poisoned)))
+        assert torch.equal(*((q @ k.transpose(1, 2)).softmax(-1) @ k for k in (y, poisoned)))
+    rows = [slice(0, int((s > 0).sum())) for s in pairing.size]
+    with proportional_attention(pairing.log_mask, form):
+        masked = F.scaled_dot_product_attention(q, y, y)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(masked[i], F.scaled_dot_product_attention(q[i], y[i, row], y[i, row]))
+
+
+def test_attention_over_other_keys_is_left_alone() -> None:
+    _, pairing = duplicates()
+    q, k = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    exact = F.scaled_dot_product_attention(q, k, k)
+    with proportional_attention(pairing.log_size) as mode:
+        assert torch.equal(F.scaled_dot_product_attention(q, k, k), exact)
+        assert torch.equal((q @ k.transpose(1, 2)).softmax(-1), (q @ k.transpose(1, 2)).softmax(-1))
+    assert not mode.used
+
+
+def test_multihead_attention_of_torch_is_reached_or_says_that_it_is_not() -> None:
+    x, pairing = duplicates()
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    y = pairing.merge(x)
+    with proportional_attention(pairing.log_size) as mode, torch.no_grad():
+        merged = attention(y, y, y, need_weights=True)[0]
+    if mode.used:
+        torch.testing.assert_close(pairing.unmerge(merged), attention(x, x, x)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_mode_leaves_nothing_behind_after_an_exception() -> None:
+    assert _get_current_function_mode_stack() == []
+    with pytest.raises(RuntimeError, match="inside"), proportional_attention(torch.zeros(1, 3)):
+        raise RuntimeError("inside")
+    assert _get_current_function_mode_stack() == []

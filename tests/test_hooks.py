@@ -1,0 +1,346 @@
+"""Host models are hooked, never changed: what leaves no trace, and what must pass through."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ldm import BasicTransformerBlock, CrossAttention, LdmUNet
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from tome_sampler import MergeConfig, Pairing, apply_patch, merging, remove_patch
+from tome_sampler.hosts import modules as hosts
+
+CONFIG = MergeConfig(min_tokens=0)
+Call = Callable[[nn.Module], Tensor]
+
+
+def trace(model: nn.Module) -> list[dict[str, Any]]:
+    """What each module holds, itself and in its hook dicts; copies, for a comparison later."""
+    plain = (dict, OrderedDict, set, list)
+    return [{k: copy.copy(v) if type(v) in plain else v for k, v in vars(m).items()} for m in model.modules()]
+
+
+def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x is y
+        if isinstance(x, dict):
+            return list(x) == list(y) and all(equal(x[k], y[k]) for k in x)
+        return x is y or bool(x == y)
+
+    return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def call_unet(unet: nn.Module, t: int = 500, b: int = 2, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((b, 4, size, size), (b, 3, 8)))
+    with torch.no_grad():
+        return unet(x, torch.tensor(t), encoder_hidden_states=context, return_dict=False)[0]
+
+
+def call_ldm(model: nn.Module, t: int = 500, b: int = 2, size: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, context = (torch.randn(shape, generator=generator) for shape in ((b, 4, size, size), (b, 3, 8)))
+    with torch.no_grad():
+        return model(x, torch.full((b,), t), context=context)
+
+
+@pytest.fixture(params=["diffusers", "ldm"])
+def host(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
+    if request.param == "diffusers":
+        return request.getfixturevalue("unet"), call_unet
+    return request.getfixturevalue("ldm_unet"), call_ldm
+
+
+def test_leaving_restores_bit_for_bit(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+    plain, weights, before = call(model), copy.deepcopy(model.state_dict()), trace(model)
+    for preset in ("default", "fast", "tomesd", "ca_tome", "importance"):
+        config = MergeConfig.preset(preset, min_tokens=0, modules=("attn1", "attn2", "ff"), floor=0.2)
+        with merging(model, config, branches=("uncond", "cond")) as session:
+            merged = call(model)
+            assert session.stats.to_dict()["merged_fraction"] > 0
+            assert not torch.equal(merged, plain)
+            assert torch.isfinite(merged).all()
+        assert same(before, trace(model))
+        assert list(model.state_dict()) == list(weights)
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        assert torch.equal(call(model), plain)
+        assert not hosts._attached
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "ff", "merge", "unmerge", "body"])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_an_exception_or_interrupt_leaves_no_trace(
+    host: tuple[nn.Module, Call],
+    error: type[BaseException],
+    where: str,
+    proportional: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, call = host
+    plain = call(model)
+
+    def fail(*args: Any) -> None:
+        raise error("on purpose")
+
+    block = next(m for m in model.modules() if hasattr(m, "attn1"))
+    own = block.get_submodule(where).register_forward_hook(fail) if where in ("attn1", "attn1.to_q", "ff") else None
+    before = trace(model)
+    config = CONFIG.with_(proportional=proportional, metric="block", modules=("attn1", "ff"))
+    if where in ("merge", "unmerge"):
+        monkeypatch.setattr(Pairing, where, fail)
+    with pytest.raises(error, match="on purpose"), merging(model, config) as session:
+        fail() if where == "body" else call(model)
+    monkeypatch.undo()
+    assert _get_current_function_mode_stack() == []
+    assert session.current is None
+    assert same(before, trace(model))
+    if own is not None:
+        own.remove()
+    assert torch.equal(call(model), plain)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_merging_goes_on_after_a_failed_call(host: tuple[nn.Module, Call], error: type[BaseException]) -> None:
+    model, call = host
+    with merging(model, CONFIG):
+        expected = call(model, t=300)  # type: ignore[call-arg]
+
+    def fail(*args: Any) -> None:
+        raise error("on purpose")
+
+    with merging(model, CONFIG) as session:
+        own = next(m for m in model.modules() if hasattr(m, "attn1")).attn1.to_k.register_forward_hook(fail)
+        with pytest.raises(error):
+            call(model)
+        own.remove()
+        session.reset()
+        assert torch.equal(call(model, t=300), expected)  # type: ignore[call-arg]
+        assert _get_current_function_mode_stack() == []
+
+
+def test_nested_and_repeated_merging_counts_once(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+    plain, before = call(model), trace(model)
+    with merging(model, CONFIG):
+        default = call(model)
+    with merging(model, MergeConfig.preset("tomesd")):
+        tomesd = call(model)
+    with merging(model, CONFIG) as outer:
+        with merging(model, CONFIG) as inner:
+            assert torch.equal(call(model), default)
+            assert not outer.stats.calls
+        with merging(model, MergeConfig.preset("tomesd")):
+            assert torch.equal(call(model), tomesd)
+        assert torch.equal(call(model), default)
+        assert len(inner.stats.calls) == len(outer.stats.calls) == 1
+    assert same(before, trace(model))
+    assert torch.equal(call(model), plain)
+
+
+def test_patches_are_undone_last_first_and_a_model_without_is_left_alone(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+    plain, before = call(model), trace(model)
+    assert remove_patch(model) is model
+    apply_patch(model, MergeConfig.preset("tomesd"))
+    tomesd = call(model)
+    apply_patch(model, CONFIG)
+    assert not torch.equal(call(model), tomesd)
+    remove_patch(model)
+    remove_patch_sees = call(model, t=499)  # type: ignore[call-arg]
+    assert remove_patch_sees.shape == tomesd.shape
+    remove_patch(model)
+    assert same(before, trace(model))
+    assert torch.equal(call(model), plain)
+
+
+def test_a_ratio_of_0_and_a_time_that_is_over_change_not_one_bit(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+    plain = call(model)
+    for config in (
+        CONFIG.with_(ratio=0.0),
+        CONFIG.with_(end=0.0),
+        CONFIG.with_(start=1.0),
+        CONFIG.with_(min_tokens=999),
+    ):
+        with merging(model, config):
+            assert torch.equal(call(model), plain)
+
+
+def test_a_model_with_nothing_to_merge_says_what_was_looked_for_and_stays_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = trace(model)
+    with pytest.raises(ValueError, match=r"Sequential has nothing to merge.*'attn1'"), merging(model):
+        pass
+    assert same(before, trace(model))
+    with pytest.raises(ValueError, match="not a torch module"):
+        apply_patch(object())
+    with pytest.raises(ValueError, match="it must be a MergeConfig"):
+        apply_patch(LdmUNet(), {"ratio": 0.5})  # type: ignore[arg-type]
+    assert not hosts._attached
+
+
+def test_a_pipeline_is_patched_at_its_unet(unet: nn.Module) -> None:
+    class Pipeline:
+        def __init__(self) -> None:
+            self.unet = unet
+
+    with merging(Pipeline(), CONFIG) as session:
+        call_unet(unet)
+    assert session.stats.to_dict()["merged_fraction"] > 0
+
+
+def test_one_block_alone_merges_square_grids_without_being_told_of_calls() -> None:
+    block, x = BasicTransformerBlock(16, 8).eval(), torch.randn(2, 64, 16)
+    context = torch.randn(2, 3, 8)
+    with torch.no_grad(), merging(block, CONFIG) as session:
+        merged = block(x, context)
+        assert torch.equal(block(x[:, :60], context), block(x[:, :60], context))
+    assert merged.shape == x.shape
+    stats = session.stats.to_dict()
+    assert stats["merged_fraction"] >= 0.5
+    assert stats["notes"] == ["60 tokens are not the grid of a square latent: passed through"]
+
+
+def test_attention_with_another_context_or_a_mask_passes_through() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1 = CrossAttention(16)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.attn1(*args, **kwargs)
+
+    block, x = Block().eval(), torch.randn(1, 64, 16)
+    other, mask = torch.randn(1, 64, 16), torch.rand(1, 64) > 0.1
+    with torch.no_grad():
+        for args, kwargs in (
+            ((x, other), {}),
+            ((x,), {"context": other}),
+            ((x,), {"mask": mask}),
+            ((), {"x": x, "mask": mask}),
+        ):
+            plain = block(*args, **kwargs)
+            with merging(block, CONFIG) as session:
+                assert torch.equal(block(*args, **kwargs), plain)
+            assert not session.stats.layers
+        plain = block(x)
+        for args, kwargs in [((x,), {}), ((), {"x": x}), ((x,), {"context": None, "mask": None})]:
+            with merging(block, CONFIG) as session:
+                assert (block(*args, **kwargs) - plain).abs().max() < 1
+            assert session.stats.layers["attn1"].tokens_after < 64
+        with merging(block, CONFIG):  # its own tokens given once more as context: all keys
+            assert (block(x, x) - plain).abs().max() < 1
+
+
+def test_a_batch_that_is_not_the_calls_passes_through_and_says_so(ldm_unet: LdmUNet) -> None:
+    from tome_sampler import ModelCall
+
+    plain = call_ldm(ldm_unet, b=3)
+    with merging(ldm_unet, CONFIG) as session, session.call(ModelCall(1.0, (8, 8), ("cond",) * 2, (0, 1))):
+        assert torch.equal(call_ldm(ldm_unet, b=3), plain)
+    assert session.stats.notes == ["a batch of 3 rows where the model call told of 2: passed through"]
+    with merging(ldm_unet, CONFIG, branches=("uncond", "cond")) as session:  # 3 rows are not two equal chunks
+        assert not torch.equal(call_ldm(ldm_unet, b=3), plain)
+
+
+def test_two_models_at_once_do_not_see_each_other(unet: nn.Module, ldm_unet: LdmUNet) -> None:
+    with merging(unet, CONFIG):
+        first = call_unet(unet)
+    with merging(ldm_unet, CONFIG):
+        second = call_ldm(ldm_unet)
+    with merging(unet, CONFIG) as a, merging(ldm_unet, CONFIG) as b:
+        assert torch.equal(call_unet(unet), first)
+        assert torch.equal(call_ldm(ldm_unet), second)
+        assert len(a.stats.calls) == len(b.stats.calls) == 1
+    plain = call_ldm(ldm_unet)
+    with merging(unet, CONFIG):
+        assert torch.equal(call_ldm(ldm_unet), plain)
+
+
+def test_what_replaces_a_projection_acts_on_merged_tokens(unet: nn.Module) -> None:
+    class Lora(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.seen = inner, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x.shape[1])
+            return self.inner(x) * 3
+
+    with merging(unet, CONFIG):
+        without = call_unet(unet)
+    attention = next(m for m in unet.modules() if hasattr(m, "attn1")).attn1
+    with merging(unet, CONFIG) as session:
+        attention.to_q = Lora(attention.to_q)  # while merging, as a LoRA loads
+        assert not torch.equal(call_unet(unet), without)
+        assert max(attention.to_q.seen) < 256
+    assert isinstance(attention.to_q, Lora)  # ours is undone, theirs stays
+    assert session.stats.to_dict()["merged_fraction"] > 0
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("preset", ["default", "tomesd", "importance"])
+def test_no_tensor_is_kept_after_leaving(
+    host: tuple[nn.Module, Call], preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, call = host
+    seen: list[weakref.ref[Tensor]] = []
+    config = MergeConfig.preset(preset, min_tokens=0, metric="block")
+    with merging(model, config) as session:
+        original = session.merge
+
+        def spy(layer: Any, x: Tensor, metric: Tensor | None = None) -> Pairing | None:
+            pairing = original(layer, x, metric)
+            seen.extend(weakref.ref(t) for t in (x, metric, *(() if pairing is None else (pairing.row, pairing.size))))
+            return pairing
+
+        monkeypatch.setattr(session, "merge", spy)
+        call(model)
+        session.observe(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16))
+        seen.append(weakref.ref(session.importance))
+    gc.collect()
+    assert len(seen) > 4
+    assert all(ref() is None for ref in seen)
+
+
+@pytest.mark.parametrize("way", ["merging", "apply_patch", "interrupted"])
+def test_a_model_can_be_collected(way: str) -> None:
+    model = LdmUNet().eval()
+    reference = weakref.ref(model)
+    tensors = live_tensors()
+    if way == "merging":
+        with merging(model, CONFIG):
+            call_ldm(model)
+    else:
+        apply_patch(model, CONFIG)
+        if way == "interrupted":
+            model.first.attn1.to_k.register_forward_hook(_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                call_ldm(model)
+            remove_patch(model)
+        else:
+            call_ldm(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert live_tensors() <= tensors
+    assert not hosts._attached
+
+
+def _interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
