@@ -33,9 +33,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    print(
-        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, {args.dtype}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{platform.machine()}, torch {torch.__version__}, {threads} threads, {args.device}, {args.dtype}")
     print("| shape | plain, ms | mask | channel |\n|---|---|---|---|")
     for name, (b, heads, m, d) in SHAPES.items():
         q, k, v = torch.randn(3, b, heads, m, d, device=args.device, dtype=getattr(torch, args.dtype))

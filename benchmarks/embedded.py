@@ -5,7 +5,7 @@ are those of the U-Net alone, wall clock; speed-ups are ratios to plain on the s
 plain picture.
 
     python benchmarks/embedded.py --prompts 8
-    python benchmarks/embedded.py --method tomesd:ratio=0.5 --method default --method fast:proportional=False
+    python benchmarks/embedded.py --method tomesd:ratio=0.5 --method default:refresh=always --method fast
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ from tome_sampler import CFGDenoiser, MergeConfig, demo, kdiffusion
 from tome_sampler.demo.model import LATENT_CHANNELS, LATENT_SIZE, to_picture
 from tome_sampler.demo.report import fidelity
 from tome_sampler.demo.scenes import random_scene
+from tome_sampler.refresh import Always, Drift, EverySteps, Once, SigmaRatio
 
+REFRESH = {
+    "always": Always(),
+    "once": Once(),
+    "sigma_1.5": SigmaRatio(1.5),
+    "sigma_2": SigmaRatio(2.0),
+    "sigma_4": SigmaRatio(4.0),
+    "steps_5": EverySteps(5),
+    "drift_0.02": Drift(0.02),
+    "drift_0.05": Drift(0.05),
+    "drift_0.1": Drift(0.1),
+}
 METHODS = ("plain", "tomesd:ratio=0.5", "quality", "balanced", "fast", "ca_tome", "importance:ratio=0.5")
 
 
@@ -61,7 +73,9 @@ def stopwatch(owner: Any, name: str, clock: dict[str, float], part: str) -> Iter
 def applied(method: str, model: torch.nn.Module, sigmas: list[float]) -> Iterator[tome_sampler.MergeSession | None]:
     """A method at work on the model: "plain", "tomesd:ratio=R" (the real package), or a preset with overrides."""
     name, _, rest = method.partition(":")
-    overrides = {k: ast.literal_eval(v) for k, v in (pair.split("=") for pair in rest.split(",") if pair)}
+    given = dict(pair.split("=") for pair in rest.split(",") if pair)
+    refresh = given.pop("refresh", None)
+    overrides = {k: ast.literal_eval(v) if v[:1] in "0123456789-TFN" else v for k, v in given.items()}
     if name == "plain":
         yield None
     elif name == "tomesd":
@@ -71,8 +85,8 @@ def applied(method: str, model: torch.nn.Module, sigmas: list[float]) -> Iterato
         finally:
             tomesd.remove_patch(model.unet)
     else:
-        if "refresh" in overrides:
-            overrides["refresh"] = tome_sampler.refresh.refresh_from_dict(overrides["refresh"])
+        if refresh is not None:
+            overrides["refresh"] = REFRESH[refresh]
         with tome_sampler.merging(model, MergeConfig.preset(name, **overrides), sigmas=sigmas) as session:
             yield session
 
@@ -105,7 +119,11 @@ def sample(method: str, caption: str, seed: int, args: argparse.Namespace) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", action="append", help=f"NAME[:field=value,...] (default: {' '.join(METHODS)})")
+    parser.add_argument(
+        "--method",
+        action="append",
+        help=f"NAME[:field=value,...], refresh one of {', '.join(REFRESH)} (default: {' '.join(METHODS)})",
+    )
     parser.add_argument("--prompts", type=int, default=8, help="how many random captions (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=10_000, help="the captions' and pictures' first seed")
     parser.add_argument("--steps", type=int, default=20)
@@ -136,7 +154,7 @@ def main() -> None:
                 )
     print(
         f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {args.sampler}, "
-        f"{args.steps} steps, cond_scale {args.cond_scale:g}, {args.prompts} prompts, 64x64 tokens, CFG batch 2; medians"
+        f"{args.steps} steps, cond_scale {args.cond_scale:g}, {args.prompts} prompts, 64x64 tokens, batch 2; medians"
     )
     print("| method | U-Net, s | speed-up | tokens merged | matching / merge / unmerge | PSNR, dB | SSIM |")
     print("|---|---|---|---|---|---|---|")

@@ -49,6 +49,18 @@ def test_merged_duplicates_attend_as_they_did_in_sdpa(
     assert (F.scaled_dot_product_attention(shaped(q), shaped(y), shaped(y)) - exact).abs().max() > 1e-2  # without it
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", [4, 16, 40])
+def test_values_may_be_narrower_or_wider_than_keys(form: Form, width: int) -> None:
+    x, pairing = duplicates()
+    project, q = torch.randn(16, width), torch.randn(2, 5, 16)
+    exact = F.scaled_dot_product_attention(q, x, x @ project)
+    y = pairing.merge(x)
+    with proportional_attention(pairing.log_size, form):
+        merged = F.scaled_dot_product_attention(q, y, y @ project)
+    torch.testing.assert_close(merged, exact, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["method", "torch", "functional"])
 def test_merged_duplicates_attend_as_they_did_in_einsum_and_softmax(name: str) -> None:
     softmax = {"method": Tensor.softmax, "torch": torch.softmax, "functional": F.softmax}[name]

@@ -34,7 +34,7 @@ def steps_made(policy: Refresh, sigmas: list[float]) -> list[int]:
     for step, sigma in enumerate(sigmas):
         with session.call(ModelCall(sigma, (4, 4), ("cond",), (0,))):
             session.merge(Layer("x", 0), torch.randn(1, 16, 4))
-        if session.stats.calls[-1].pairings_made:
+        if session.stats.to_dict()["steps"][-1]["pairings_made"]:
             made.append(step)
     return made
 

@@ -85,5 +85,6 @@ class proportional_attention(TorchFunctionMode):
         width = -(d + 1) % 8
         query = F.pad(torch.cat([query, torch.ones_like(query[..., :1])], -1), (0, width))
         key = F.pad(torch.cat([key, bias], -1), (0, width))
-        value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-        return sdpa(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :d]
+        channels = value.shape[-1]
+        value = F.pad(value, (0, max(query.shape[-1] - channels, 0)))
+        return sdpa(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]

@@ -294,7 +294,7 @@ class MergeSession:
             cached.sample = token, target.gather(1, token)
             cached.similarity = _similarity(metric, *cached.sample)
         share = score.new_full((), math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
-        self.stats.measure((score * merged).sum() / merged.sum(), share)
+        self.stats.measure(layer.name, (score * merged).sum() / merged.sum(), share)
         return cached
 
     def _count(self, key: Tensor, most: int) -> tuple[Tensor | int, int]:

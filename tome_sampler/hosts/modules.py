@@ -53,7 +53,7 @@ class _Attachment:
         """Close what an interrupt left open: torch runs `always_call` hooks after an Exception, not after others."""
         for _, mode in self._open.values():
             if mode is not None:
-                mode.__exit__(None, None, None)
+                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._open.clear()
         self._block_input.clear()
         if self._call is not None:

@@ -1,0 +1,469 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tome_sampler import PRESETS, Layer, MergeConfig, MergeSession, ModelCall, Pairing, merging
+from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
+from tome_sampler.refresh import Drift, Once, SigmaRatio
+
+LAYER = Layer("x", 0)
+SIZE = (8, 8)
+BOTH = ("uncond", "cond")
+
+
+def tokens(b: int = 2, h: int = 8, w: int = 8, c: int = 8) -> Tensor:
+    smooth = nn.functional.interpolate(torch.randn(b, c, 3, 3), (h, w), mode="bicubic")
+    return (smooth + 0.2 * torch.randn(b, c, h, w)).flatten(2).transpose(1, 2)
+
+
+def preset(name: str, **overrides: Any) -> MergeConfig:
+    return MergeConfig.preset(name, **{"min_tokens": 0, **overrides})
+
+
+def one(
+    session: MergeSession,
+    x: Tensor,
+    sigma: float | None = 1.0,
+    branches: tuple[str, ...] = BOTH,
+    size: tuple[int, int] | None = SIZE,
+    layer: Layer = LAYER,
+) -> Pairing | None:
+    """The pairing of one model call with one layer."""
+    with session.call(ModelCall.chunked(sigma, size, branches, x.shape[0] // len(branches))):
+        return session.merge(layer, x, x)
+
+
+def observe(session: MergeSession, importance: Tensor) -> None:
+    session.observe(importance[:, None], torch.zeros_like(importance[:, None]))
+
+
+def same(a: Pairing | None, b: Pairing | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.target, b.target)
+
+
+def differ(a: Pairing | None, b: Pairing | None) -> bool:
+    return not same(a, b)
+
+
+# -- importance
+
+
+def test_ranks_are_0_to_1_and_say_nothing_where_the_map_is_constant() -> None:
+    ranks = importance_rank(torch.tensor([[0.3, 0.1, 0.2], [5.0, 5.0, 5.0]]))
+    assert ranks.tolist() == [[1.0, 0.0, 0.5], [0.5, 0.5, 0.5]]
+    assert importance_rank(torch.zeros(1, 4)).tolist() == [[0.5] * 4]
+    assert importance_rank(torch.rand(1, 1)).tolist() == [[0.5]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_count_as_the_mean_of_the_others(bad: float) -> None:
+    importance = torch.tensor([[[1.0, bad], [3.0, 2.0]]])
+    assert importance_on_grid(importance, (2, 2)).tolist() == [[1.0, 2.0, 3.0, 2.0]]
+    everything = importance_rank(importance_on_grid(torch.full((1, 4, 4), bad), (2, 2)))
+    assert everything.tolist() == [[0.5] * 4]
+
+
+def test_importance_is_the_channel_mean_and_needs_two_alike_outputs() -> None:
+    cond, uncond = torch.randn(2, 4, 3, 5, dtype=torch.float16), torch.randn(2, 4, 3, 5, dtype=torch.float16)
+    torch.testing.assert_close(cfg_magnitude(cond, uncond), (cond.float() - uncond.float()).abs().mean(1))
+    for other in (uncond[:1], uncond[0]):
+        with pytest.raises(ValueError, match=r"cond is \(2, 4, 3, 5\) and uncond"):
+            cfg_magnitude(cond, other)
+
+
+@pytest.mark.parametrize("name", ["default", "importance"])
+def test_a_map_without_a_single_number_still_merges(name: str) -> None:
+    session = MergeSession(preset(name, prune_until=0.0))
+    for value in (float("nan"), 0.0):
+        observe(session, torch.full((1, 8, 8), value))
+        pairing = one(session, tokens())
+        assert pairing is not None
+        assert torch.isfinite(pairing.merge(tokens())).all()
+        session.reset()
+    session.stats.to_dict()
+
+
+def test_a_constant_map_changes_nothing() -> None:
+    x = tokens()
+    informed, plain = MergeSession(preset("default")), MergeSession(preset("default"))
+    one(informed, x, 2.0)
+    observe(informed, torch.full((1, 8, 8), 3.0))
+    first = one(informed, x)
+    with_weight = one(MergeSession(preset("default", threshold=0.9)), x)
+    assert first is not None
+    assert same(one(plain, x), with_weight)
+    assert first.target[0][first.head[0]].tolist() == first.head[0].tolist()
+    cells = one(MergeSession(preset("default", threshold=None)), x)
+    informed = MergeSession(preset("default", threshold=None))
+    one(informed, x, 2.0)
+    observe(informed, torch.full((1, 8, 8), 3.0))
+    assert same(one(informed, x), cells)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_without_guidance_and_in_the_first_step_every_preset_merges(name: str) -> None:
+    session = MergeSession(preset(name))
+    for sigma in (10.0, 5.0, 1.0):
+        assert one(session, tokens(1), sigma, ("cond",)) is not None
+    assert session.importance is None
+    assert session.stats.to_dict()["importance_merged"] is None
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.286])
+def test_importance_decides_at_low_ratios_too(ratio: float) -> None:
+    x, importance = tokens(), torch.rand(1, 8, 8)
+    targets = []
+    for seen in (importance, 1 - importance):
+        session = MergeSession(preset("default", ratio=ratio, threshold=None))
+        one(session, x, 2.0)
+        observe(session, seen)
+        pairing = one(session, x)
+        assert pairing is not None
+        assert pairing.size.shape[1] == 64 - int(64 * ratio)
+        targets.append(pairing.target)
+        share = session.stats.to_dict()["importance_merged"]
+        assert share < 0.9 * ratio  # less than chance
+    assert not torch.equal(*targets)
+
+
+@pytest.mark.parametrize("threshold", [None, -1.0, 0.9])
+def test_protected_tokens_are_never_merged_away(threshold: float | None) -> None:
+    importance = torch.rand(1, 8, 8)
+    session = MergeSession(preset("default", threshold=threshold, protect=0.4, ratio=0.75, floor=0.75))
+    one(session, tokens(), 2.0)
+    observe(session, importance)
+    pairing = one(session, tokens())
+    assert pairing is not None
+    protected = importance.flatten().argsort(descending=True)[:25]
+    assert torch.equal(pairing.target[0, protected], protected)
+    assert pairing.size.shape[1] < 64
+
+
+def test_importance_of_another_batch_is_not_used() -> None:
+    session = MergeSession(preset("default"))
+    one(session, tokens(), 2.0)
+    observe(session, torch.rand(3, 8, 8))
+    assert one(session, tokens()) is not None
+    assert session.stats.to_dict()["steps"][-1]["importance_merged"] is None
+
+
+# -- batches and branches
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"floor": 0.0}, {"share_branches": False}, {"destinations": "pool", "search": "global"}]
+)
+def test_an_image_is_paired_alike_alone_and_in_a_batch(changes: dict[str, Any]) -> None:
+    config = preset("default", **changes)
+    rough = torch.tensor([0.02, 0.3, 3.0]).repeat(2)[:, None, None]
+    x = tokens(6) + rough * torch.randn(6, 64, 8)
+    importance = torch.rand(3, 8, 8)
+
+    def run(rows: list[int], seen: Tensor) -> Pairing:
+        session = MergeSession(config)
+        one(session, x[rows], 4.0)
+        observe(session, seen)
+        pairing = one(session, x[rows], 1.0)
+        return pairing if pairing is not None else Pairing.from_target(torch.arange(64).repeat(len(rows), 1), 64)
+
+    batch = run([*range(6)], importance)
+    y = torch.randn(6, 64, 5)
+    for image in range(3):
+        rows = [image, 3 + image]
+        alone = run(rows, importance[[image]])
+        assert torch.equal(alone.target, batch.target[rows])
+        assert torch.equal(alone.unmerge(alone.merge(y[rows])), batch.unmerge(batch.merge(y))[rows])
+
+
+def dst_of(pairing: Pairing, row: int) -> set[int]:
+    """Tokens that others were merged into."""
+    return set(pairing.head[row][pairing.size[row] > 1].tolist())
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", PRESETS)
+def test_both_branches_share_their_destinations(name: str, share: bool) -> None:
+    config = preset(name, share_branches=share, ratio=0.75, floor=0.75 if name != "ca_tome" else 0.0, prune_until=0.0)
+    session = MergeSession(config.with_(threshold=None, stride=2))
+    one(session, tokens(4), 2.0)
+    observe(session, torch.rand(2, 8, 8))
+    pairing = one(session, tokens(4))
+    assert pairing is not None
+    for image in range(2):  # with 0.75 gone, what stays is all destinations
+        uncond, cond = (set(pairing.target[row].tolist()) for row in (image, 2 + image))
+        assert len(cond) == 16
+        assert uncond == cond
+        assert (torch.equal(pairing.target[image], pairing.target[2 + image])) == share
+    if share:
+        assert torch.equal(pairing.size[:2], pairing.size[2:])
+
+
+@pytest.mark.parametrize("name", ["default", "fast", "tomesd", "importance"])
+def test_serial_branches_get_what_a_batch_gets(name: str) -> None:
+    config = preset(name)
+    batched, serial = MergeSession(config), MergeSession(config)
+    for sigma in (8.0, 7.0, 2.0, 1.5):
+        x = tokens(4)
+        whole = one(batched, x, sigma)
+        cond = one(serial, x[2:], sigma, ("cond",))
+        uncond = one(serial, x[:2], sigma, ("uncond",))
+        assert whole is not None
+        assert cond is not None
+        assert uncond is not None
+        assert torch.equal(whole.target, torch.cat([uncond.target, cond.target]))
+        seen = torch.rand(2, 8, 8)
+        observe(batched, seen)
+        observe(serial, seen)
+    made = [s.stats.to_dict()["pairings_made"] for s in (batched, serial)]
+    assert made[0] == made[1] or name in ("tomesd", "importance")  # those match each branch by itself
+
+
+def test_a_new_batch_layout_never_sees_old_pairs() -> None:
+    session = MergeSession(preset("default", refresh=Once()))
+    one(session, tokens(2), 4.0)
+    for b, branches in ((4, BOTH), (3, ("cond",)), (8, BOTH)):
+        x = tokens(b)
+        pairing = one(session, x, 4.0, branches)
+        assert pairing is not None
+        assert pairing.row.shape == (b, 64)
+        fresh = one(MergeSession(preset("default", refresh=Once())), x, 4.0, branches)
+        assert same(pairing, fresh)
+
+
+def test_a_new_latent_size_forgets() -> None:
+    session = MergeSession(preset("default", refresh=Once()))
+    x = tokens(2)
+    first = one(session, x, 4.0)
+    observe(session, torch.rand(1, 8, 8))
+    wide = one(session, x, 4.0, size=(4, 16))  # as many tokens, another picture
+    assert session.importance is None
+    assert same(wide, one(MergeSession(preset("default")), x, 4.0, size=(4, 16)))
+    assert differ(wide, first)
+    assert one(session, x, 4.0, size=(7, 9)) is None
+    assert "64 tokens are not the grid of a (7, 9) latent: passed through" in session.stats.notes
+
+
+@pytest.mark.parametrize(("branches", "images"), [(("cond",), (0, 1)), (("left",), (0,))])
+def test_a_call_that_does_not_add_up_is_refused(branches: tuple[str, ...], images: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="branch"):
+        ModelCall(1.0, SIZE, branches, images)
+
+
+# -- randomness
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_global_generator_is_touched_or_heeded(name: str) -> None:
+    x, importance = tokens(), torch.rand(1, 8, 8)
+    pairings = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+        session = MergeSession(preset(name))
+        for sigma in (4.0, 1.0):
+            pairings.append(one(session, x, sigma))
+            observe(session, importance)
+        assert torch.equal(state[0], torch.get_rng_state())
+        assert state[1] == random.getstate()
+        assert (state[2] == np.random.get_state()[1]).all()
+    assert same(pairings[0], pairings[2])
+    assert same(pairings[1], pairings[3])
+
+
+@pytest.mark.parametrize("name", ["tomesd", "ca_tome", "importance"])
+def test_a_seed_a_block_and_a_noise_level_each_draw_their_own(name: str) -> None:
+    x = tokens()
+
+    def drawn(seed: int = 0, block: int = 0, sigma: float = 1.0) -> Pairing | None:
+        return one(MergeSession(preset(name, seed=seed)), x, sigma, layer=Layer("x", block))
+
+    assert same(drawn(), drawn())
+    assert differ(drawn(), drawn(seed=1))
+    assert differ(drawn(), drawn(block=1))
+    assert differ(drawn(), drawn(sigma=2.0))
+
+
+# -- when
+
+
+def test_start_and_end_are_fractions_of_the_run() -> None:
+    sigmas = torch.logspace(1, -1, 10).tolist()
+    for start, end, steps in ((0.0, 1.0, range(10)), (0.2, 0.7, range(2, 7)), (0.5, 0.5, ()), (1.0, 1.0, ())):
+        session = MergeSession(preset("default", start=start, end=end), [*sigmas, 0.0])
+        merged = [one(session, tokens(), sigma) is not None for sigma in sigmas]
+        assert [i for i, m in enumerate(merged) if m] == list(steps)
+
+
+def test_an_unknown_sigma_reuses_nothing() -> None:
+    session = MergeSession(preset("default", refresh=Once()))
+    for _ in range(3):
+        assert one(session, tokens(), None) is not None
+    assert session.stats.to_dict()["pairings_made"] == 3
+
+
+def test_small_layers_are_left_alone() -> None:
+    for least, merged in ((64, True), (65, False)):
+        assert (one(MergeSession(preset("default", min_tokens=least)), tokens()) is not None) == merged
+
+
+def test_drift_refreshes_when_the_features_change_and_not_before() -> None:
+    session = MergeSession(preset("default", refresh=Drift(0.1)))
+    x, other = tokens(), torch.randn(2, 64, 8)
+    made = []
+    for step, features in enumerate([x, x, 2 * x, other, other, other, x]):
+        one(session, features, 10.0 - step)
+        made.append(session.stats.to_dict()["steps"][-1]["pairings_made"])
+    assert made == [1, 0, 0, 0, 1, 0, 0]  # measured at one call, made anew at the next
+
+
+def test_modules_of_a_block_share_its_pairs_and_blocks_share_those_of_a_level_if_told_to() -> None:
+    x = tokens()
+    for share, made in ((False, 2), (True, 1)):
+        session = MergeSession(preset("default", share_layers=share))
+        with session.call(ModelCall.chunked(1.0, SIZE, BOTH, 1)):
+            pairings = [session.merge(Layer(str(i), i // 2), x) for i in range(4)]
+        assert pairings[0] is pairings[1] or same(pairings[0], pairings[1])
+        stats = session.stats.to_dict()
+        assert (stats["pairings_made"], stats["pairings_reused"]) == (made, 4 - made)
+
+
+def test_what_is_forgotten_at_a_reset() -> None:
+    session = MergeSession(preset("default"))
+    one(session, tokens(), 1.0)
+    observe(session, torch.rand(1, 8, 8))
+    assert len(session.pairings()) == 1
+    session.reset()
+    assert session.importance is None
+    assert session.pairings() == {}
+    assert session.stats.to_dict()["tokens_before"] == 0
+
+
+# -- statistics
+
+
+def test_statistics_add_up() -> None:
+    session = MergeSession(preset("default", threshold=None, ratio=0.5, refresh=SigmaRatio(2.0)))
+    for sigma in (4.0, 3.0, 2.0):
+        with session.call(ModelCall.chunked(sigma, SIZE, BOTH, 1)):
+            for block in range(3):
+                session.merge(Layer(f"block{block}", block), tokens())
+        observe(session, torch.rand(1, 8, 8))
+    stats = session.stats.to_dict()
+    assert set(stats) == {
+        *("tokens_before", "tokens_after", "merged_fraction", "pairings_made", "pairings_reused"),
+        *("mean_similarity", "importance_merged", "layers", "steps", "notes"),
+    }
+    assert stats["tokens_before"] == 3 * 3 * 2 * 64
+    assert stats["tokens_after"] == stats["tokens_before"] // 2
+    assert stats["merged_fraction"] == 0.5
+    assert (stats["pairings_made"], stats["pairings_reused"]) == (6, 3)
+    assert [step["sigma"] for step in stats["steps"]] == [4.0, 3.0, 2.0]
+    for parts in (stats["layers"].values(), stats["steps"]):
+        for name in ("tokens_before", "tokens_after", "pairings_made", "pairings_reused"):
+            assert sum(part[name] for part in parts) == stats[name]
+    assert 0 < stats["mean_similarity"] <= 1
+    assert 0 < stats["importance_merged"] < 0.5
+    assert stats["notes"] == []
+
+
+def test_mean_similarity_and_importance_merged_are_what_they_say() -> None:
+    session, x, importance = MergeSession(preset("default")), tokens(), torch.rand(1, 8, 8)
+    one(session, x, 4.0)
+    observe(session, importance)
+    pairing = one(session, x, 1.0)
+    assert pairing is not None
+    target, own = pairing.target[1], torch.arange(64)  # the cond row speaks
+    gone = target != own
+    cosine = nn.functional.cosine_similarity(x[1][gone], x[1][target[gone]], dim=-1).mean()
+    step = session.stats.to_dict()["steps"][1]
+    assert step["mean_similarity"] == pytest.approx(float(cosine), abs=1e-5)
+    share = importance.flatten()[gone].sum() / importance.sum()
+    assert step["importance_merged"] == pytest.approx(float(share), abs=1e-5)
+
+
+# -- levels and modules of a real U-Net
+
+
+def call_unet(unet: nn.Module, size: tuple[int, int] = (16, 16)) -> Tensor:
+    with torch.no_grad():
+        return unet(torch.randn(2, 4, *size), 500, encoder_hidden_states=torch.randn(2, 3, 8), return_dict=False)[0]
+
+
+@pytest.mark.parametrize(("levels", "sizes"), [(1, {256}), (2, {256, 64})])
+def test_levels_count_from_the_finest_one_with_attention(unet: nn.Module, levels: int, sizes: set[int]) -> None:
+    with merging(unet, preset("default", levels=levels)) as session:
+        call_unet(unet)
+    assert {layer["tokens_before"] // 2 for layer in session.stats.to_dict()["layers"].values()} == sizes
+    assert all(layer["tokens_after"] < layer["tokens_before"] for layer in session.stats.to_dict()["layers"].values())
+
+
+def test_a_unet_whose_finest_level_has_no_attention_is_merged_at_the_next(coarse_unet: nn.Module) -> None:
+    with merging(coarse_unet, preset("default")) as session:
+        call_unet(coarse_unet)
+    assert {layer["tokens_before"] // 2 for layer in session.stats.to_dict()["layers"].values()} == {64}
+    assert session.stats.to_dict()["merged_fraction"] > 0
+
+
+@pytest.mark.parametrize("modules", [("attn1",), ("attn2",), ("ff",), ("attn1", "attn2", "ff")])
+@pytest.mark.parametrize("size", [(16, 16), (10, 14), (12, 6)])
+def test_each_module_runs_on_merged_tokens(unet: nn.Module, modules: tuple[str, ...], size: tuple[int, int]) -> None:
+    with merging(unet, preset("default", modules=modules), branches=BOTH) as session:
+        assert torch.isfinite(call_unet(unet, size)).all()
+    assert {name.rsplit(".", 1)[1] for name in session.stats.to_dict()["layers"]} == set(modules)
+    assert session.stats.to_dict()["merged_fraction"] >= 0.45
+    blocks = len(session.stats.to_dict()["layers"]) // len(modules)
+    assert session.stats.to_dict()["pairings_made"] == blocks
+
+
+# -- waiting for the device
+
+
+@pytest.mark.parametrize("name", ["default", "tomesd", "importance"])
+def test_no_layer_waits_for_the_device_with_a_fixed_ratio(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = MergeSession(preset(name, threshold=None, proportional=True, refresh=SigmaRatio(1.5)))
+    x = tokens(4)
+    one(session, x, 8.0)
+    observe(session, torch.rand(2, 8, 8))
+    one(session, x, 4.0)
+
+    def refuse(what: str) -> Callable[..., Any]:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError(f"{what} waits for the device, or copies to it")
+
+        return refused
+
+    for sigma in (3.9, 2.0):  # cached pairs, then new ones
+        with session.call(ModelCall.chunked(sigma, SIZE, BOTH, 2)), monkeypatch.context() as patch:
+            for method in (
+                "item",
+                "tolist",
+                "cpu",
+                "numpy",
+                "__bool__",
+                "__int__",
+                "__float__",
+                "__index__",
+                "nonzero",
+            ):
+                patch.setattr(Tensor, method, refuse(method))
+            for function in ("tensor", "as_tensor", "from_numpy", "nonzero"):
+                patch.setattr(torch, function, refuse(function))
+            patch.setattr(Tensor, "new_tensor", refuse("new_tensor"))
+            pairing = session.merge(LAYER, x)
+            assert pairing is not None
+            merged = pairing.merge(x)
+            pairing.unmerge(merged)
+            shape, sizes = merged.shape, pairing.log_size
+        assert shape[1] == 64 - int(64 * session.config.ratio)
+        assert sizes.shape == shape[:2]
