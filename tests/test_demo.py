@@ -49,7 +49,7 @@ def test_load_model_gives_one_object_and_leaves_the_generator_alone() -> None:
     assert model is demo.load_model(device="cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert demo.denoiser().inner_model is model
-    assert sum(1 for name, _ in model.named_modules() if name.endswith("attn1")) == 10
+    assert sum(1 for name, _ in model.named_modules() if name.endswith("attn1")) == 13
     assert demo.WEIGHTS.stat().st_size <= 12_000_000
 
 

@@ -124,6 +124,9 @@ def test_merging_goes_on_after_a_failed_call(host: tuple[nn.Module, Call], error
         with pytest.raises(error):
             call(model)
         own.remove()
+        if error is RuntimeError:  # at once; after an interrupt at the next call, or on leaving
+            assert _get_current_function_mode_stack() == []
+            assert session.current is None
         session.reset()
         assert torch.equal(call(model, t=300), expected)  # type: ignore[call-arg]
         assert _get_current_function_mode_stack() == []
@@ -241,6 +244,25 @@ def test_attention_with_another_context_or_a_mask_passes_through() -> None:
             assert session.stats.to_dict()["layers"]["attn1"]["tokens_after"] < 64
         with merging(block, CONFIG):  # its own tokens given once more as context: all keys
             assert (block(x, x) - plain).abs().max() < 1
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_an_image_comes_out_alike_alone_and_in_a_batch(host: tuple[nn.Module, Call], proportional: bool) -> None:
+    model, _ = host
+    config = CONFIG.with_(proportional=proportional, floor=0.0, threshold=0.7)
+    x = torch.randn(3, 4, 8, 8) * torch.tensor([1.0, 0.1, 0.01])[:, None, None, None] + torch.randn(3, 4, 1, 1)
+    context = torch.randn(6, 3, 8)
+    kwargs = {"return_dict": False} if hasattr(model, "config") else {}
+
+    def call(rows: list[int]) -> tuple[Tensor, Any]:
+        with torch.no_grad(), merging(model, config, branches=("uncond", "cond")) as session:
+            out = model(x.repeat(2, 1, 1, 1)[rows], torch.full((len(rows),), 500), context[rows], **kwargs)
+            return (out[0] if kwargs else out), {p.size.eq(0).any().item() for p in session.pairings().values()}
+
+    batch, ragged = call([*range(6)])
+    assert True in ragged  # rows of different lengths, so padding to look away from
+    for image in range(3):
+        torch.testing.assert_close(call([image, 3 + image])[0], batch[[image, 3 + image]], atol=1e-5, rtol=1e-4)
 
 
 def test_a_batch_that_is_not_the_calls_passes_through_and_says_so(ldm_unet: LdmUNet) -> None:
@@ -392,3 +414,11 @@ def test_a_model_can_be_collected(way: str) -> None:
 
 def _interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_context_that_is_the_input_itself_is_merged_with_it(ldm_unet: nn.Module) -> None:
+    """Some hosts call attn1(x, context=x): keys must be merged as queries are, not left in full."""
+    block = next(m for m in ldm_unet.modules() if hasattr(m, "attn1"))
+    x = torch.randn(2, 64, block.attn1.to_q.in_features, generator=torch.Generator().manual_seed(0))
+    with merging(block, MergeConfig(threshold=None, min_tokens=0)):
+        assert torch.equal(block.attn1(x, context=x), block.attn1(x))

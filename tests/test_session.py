@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tome_sampler import PRESETS, Layer, MergeConfig, MergeSession, ModelCall, Pairing, merging
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
-from tome_sampler.refresh import Drift, Once, SigmaRatio
+from tome_sampler.refresh import Always, Drift, Once, SigmaRatio
 
 LAYER = Layer("x", 0)
 SIZE = (8, 8)
@@ -227,6 +227,26 @@ def test_serial_branches_get_what_a_batch_gets(name: str) -> None:
     assert made[0] == made[1] or name in ("tomesd", "importance")  # those match each branch by itself
 
 
+def test_serial_branches_share_one_matching_a_step_even_if_pairs_are_always_new() -> None:
+    session = MergeSession(preset("default", refresh=Always()))
+    for sigma in (8.0, 4.0, 4.0):  # the last one as a second-order sampler's second call
+        cond = one(session, tokens(1), sigma, ("cond",))
+        assert same(one(session, tokens(1), sigma, ("uncond",)), cond)
+    assert session.stats.to_dict()["pairings_made"] == 3
+
+
+def test_new_pairs_use_the_latest_importance() -> None:
+    x, maps = tokens(), torch.rand(3, 1, 8, 8)
+    session = MergeSession(preset("default", refresh=Always()))
+    one(session, x, 9.0)
+    for sigma, seen in zip((8.0, 7.0, 6.0), maps, strict=True):
+        observe(session, seen)
+        fresh = MergeSession(preset("default"))
+        one(fresh, x, 9.0)
+        observe(fresh, seen)
+        assert same(one(session, x, sigma), one(fresh, x, 1.0))
+
+
 def test_a_new_batch_layout_never_sees_old_pairs() -> None:
     session = MergeSession(preset("default", refresh=Once()))
     one(session, tokens(2), 4.0)
@@ -429,12 +449,16 @@ def test_each_module_runs_on_merged_tokens(unet: nn.Module, modules: tuple[str, 
 # -- waiting for the device
 
 
+@pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("name", ["default", "tomesd", "importance"])
-def test_no_layer_waits_for_the_device_with_a_fixed_ratio(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_layer_waits_for_the_device_with_a_fixed_ratio(
+    name: str, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = MergeSession(preset(name, threshold=None, proportional=True, refresh=SigmaRatio(1.5)))
     x = tokens(4)
     one(session, x, 8.0)
-    observe(session, torch.rand(2, 8, 8))
+    if guided:
+        observe(session, torch.rand(2, 8, 8))
     one(session, x, 4.0)
 
     def refuse(what: str) -> Callable[..., Any]:

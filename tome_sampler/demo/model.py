@@ -34,7 +34,7 @@ class CaptionEncoder(nn.Module):
         super().__init__()
         self.word = nn.Embedding(len(WORDS) + 2, CAPTION_WIDTH)  # 0: padding, 1: start
         self.phrase = nn.Sequential(
-            nn.Linear(CAPTION_WIDTH, 2 * CAPTION_WIDTH), nn.SiLU(), nn.Linear(2 * CAPTION_WIDTH, CAPTION_WIDTH)
+            nn.Linear(CAPTION_WIDTH, CAPTION_WIDTH // 2), nn.SiLU(), nn.Linear(CAPTION_WIDTH // 2, CAPTION_WIDTH)
         )
         self.norm = nn.LayerNorm(CAPTION_WIDTH)
 
@@ -58,21 +58,22 @@ class CaptionEncoder(nn.Module):
         return out
 
 
-class SceneUNet(UNet2DConditionModel):
-    """``UNet2DConditionModel`` that also sees where each token lies: six position channels join the latent.
+def with_places(latents: Tensor) -> Tensor:
+    """Latents (b 12 h w) with six more channels that say where each token lies. They make a picture's places easy to
+    learn, and mean the same at every resolution."""
+    b, _, h, w = latents.shape
+    y = torch.linspace(-1 + 1 / h, 1 - 1 / h, h, device=latents.device, dtype=latents.dtype)
+    x = torch.linspace(-1 + 1 / w, 1 - 1 / w, w, device=latents.device, dtype=latents.dtype)
+    place = torch.stack([x[None, :].expand(h, w), y[:, None].expand(h, w)])
+    turns = math.pi * place
+    return torch.cat([latents, torch.cat([place, turns.cos(), turns.sin()]).expand(b, -1, -1, -1)], 1)
 
-    These make the picture's places easy to learn and let one set of weights work at several resolutions.
-    """
+
+class SceneUNet(UNet2DConditionModel):
+    """``UNet2DConditionModel`` that also sees where each token lies."""
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        b, _, h, w = sample.shape
-        y = torch.linspace(-1 + 1 / h, 1 - 1 / h, h, device=sample.device, dtype=sample.dtype)
-        x = torch.linspace(-1 + 1 / w, 1 - 1 / w, w, device=sample.device, dtype=sample.dtype)
-        y, x = y[:, None].expand(h, w), x[None, :].expand(h, w)
-        turns = math.pi * torch.stack([x, y])
-        where = torch.cat([torch.stack([x, y]), turns.cos(), turns.sin()])
-        sample = torch.cat([sample, where.expand(b, -1, -1, -1)], 1)
-        return super().forward(sample, timestep, encoder_hidden_states, **kwargs)
+        return super().forward(with_places(sample), timestep, encoder_hidden_states, **kwargs)
 
 
 class SceneModel(nn.Module):
@@ -84,11 +85,12 @@ class SceneModel(nn.Module):
         self.unet = SceneUNet(
             in_channels=LATENT_CHANNELS + 6,
             out_channels=LATENT_CHANNELS,
-            block_out_channels=(48, 96, 128),
-            down_block_types=("CrossAttnDownBlock2D",) * 3,
-            up_block_types=("CrossAttnUpBlock2D",) * 3,
+            block_out_channels=(32, 48, 48, 96, 128),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=1,
-            attention_head_dim=(2, 4, 4),  # in diffusers this is the number of heads
+            attention_head_dim=(2, 2, 2, 4, 4),  # in diffusers this is the number of heads
+            time_embedding_dim=192,
             cross_attention_dim=CAPTION_WIDTH,
             norm_num_groups=16,
             sample_size=LATENT_SIZE,

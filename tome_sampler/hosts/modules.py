@@ -100,7 +100,7 @@ class _Attachment:
                 )
                 mode.__enter__()  # type: ignore[no-untyped-call]
             self._open[module] = pairing, mode
-            return _with_tokens(merged, args, kwargs)
+            return _with_tokens(merged, x, args, kwargs)
 
         return before
 
@@ -137,10 +137,11 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return x if isinstance(x, Tensor) and x.ndim == 3 else None
 
 
-def _with_tokens(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (x, *args[1:]), kwargs
-    return args, {**kwargs, ("hidden_states" if "hidden_states" in kwargs else "x"): x}
+def _with_tokens(
+    merged: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments with `merged` wherever x was: some hosts hand x over as the context too."""
+    return tuple(merged if a is x else a for a in args), {k: merged if v is x else v for k, v in kwargs.items()}
 
 
 def _attends_to_itself(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
