@@ -79,9 +79,10 @@ def ours(
     threshold: float,
     floor: float,
     weight: float,
+    near: int,
 ) -> list[int]:
-    """The default: a destination in each cell, its most important token; of the destinations of the own cell and of
-    those next to it the most similar; merged is what stays above the threshold with its importance's rank taken off,
+    """The default: a destination in each cell, its most important token; of the destinations at most `near` cells away
+    the most similar; merged is what stays above the threshold with its importance's rank taken off,
     but at least `floor` and at most `ratio` of all."""
     n = h * w
     rank = [0.5] * n
@@ -101,8 +102,8 @@ def ours(
     for token in range(n):
         if token not in dst.values():
             cy, cx = token // w // stride, token % w // stride
-            near = [dst[cy + i, cx + j] for i in (-1, 0, 1) for j in (-1, 0, 1) if (cy + i, cx + j) in dst]
-            matches[token] = best(metric, token, near)
+            around = [d for (y, x), d in dst.items() if abs(y - cy) <= near and abs(x - cx) <= near]
+            matches[token] = best(metric, token, around)
             score[token] = matches[token][0] - (weight * rank[token] if importance is not None else 0)
     most = min(int(n * ratio), len(matches))
     wanted = min(max(sum(s >= threshold for s in score.values()), min(int(n * floor), most)), most)

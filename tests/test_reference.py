@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tome_sampler import Layer, MergeConfig, MergeSession, ModelCall, Pairing
+from tome_sampler.config import Search
 from tome_sampler.importance import importance_on_grid, importance_rank
 from tome_sampler.matching import grid_dst, pool_dst
 
@@ -111,19 +112,22 @@ def test_importance_based_merging_prunes_on_the_grid_in_the_first_two_of_50_step
 @pytest.mark.parametrize("grid", [(8, 8), (6, 10), (7, 9)])
 @pytest.mark.parametrize("preset", ["default", "quality", "fast"])
 @pytest.mark.parametrize("informed", [True, False])
-def test_our_presets(grid: tuple[int, int], preset: str, informed: bool) -> None:
+@pytest.mark.parametrize("search", ["global", "local"])
+def test_our_presets(grid: tuple[int, int], preset: str, informed: bool, search: Search) -> None:
     h, w = grid
     x = torch.cat([features(1, h, w, roughness) for roughness in (0.6, 0.1, 0.02) * 2])
     importance = torch.rand(3, h, w) if informed else None
-    config = MergeConfig.preset(preset, min_tokens=0)
+    config = MergeConfig.preset(preset, min_tokens=0, search=search)
     pairing, _ = run(config, x, grid, importance)
     assert config.threshold is not None
+    near = 1 if search == "local" else 99
     counts = set()
     for row in range(6):
         image = row % 3  # the cond rows, the last three, speak for their images
         pooled = None if importance is None else reference.pooled(importance[image].numpy(), h, w)
         c = config
-        slow = reference.ours(x[3 + image].numpy(), pooled, h, w, c.stride, c.ratio, c.threshold, c.floor, c.importance)
+        settings = (c.stride, c.ratio, c.threshold, c.floor, c.importance, near)
+        slow = reference.ours(x[3 + image].numpy(), pooled, h, w, *settings)
         assert pairing.target[row].tolist() == slow
         counts.add(sum(t != i for i, t in enumerate(slow)))
     assert pairing.size.shape[1] == h * w - min(counts)

@@ -124,7 +124,7 @@ def test_importance_decides_at_low_ratios_too(ratio: float) -> None:
     targets = []
     for seen in (importance, 1 - importance):
         session = MergeSession(preset("default", ratio=ratio, threshold=None))
-        one(session, x, 2.0)
+        one(session, x, 8.0)
         observe(session, seen)
         pairing = one(session, x)
         assert pairing is not None
@@ -139,7 +139,7 @@ def test_importance_decides_at_low_ratios_too(ratio: float) -> None:
 def test_protected_tokens_are_never_merged_away(threshold: float | None) -> None:
     importance = torch.rand(1, 8, 8)
     session = MergeSession(preset("default", threshold=threshold, protect=0.4, ratio=0.75, floor=0.75))
-    one(session, tokens(), 2.0)
+    one(session, tokens(), 8.0)
     observe(session, importance)
     pairing = one(session, tokens())
     assert pairing is not None
@@ -150,7 +150,7 @@ def test_protected_tokens_are_never_merged_away(threshold: float | None) -> None
 
 def test_importance_of_another_batch_is_not_used() -> None:
     session = MergeSession(preset("default"))
-    one(session, tokens(), 2.0)
+    one(session, tokens(), 8.0)
     observe(session, torch.rand(3, 8, 8))
     assert one(session, tokens()) is not None
     assert session.stats.to_dict()["steps"][-1]["importance_merged"] is None

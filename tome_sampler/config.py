@@ -95,12 +95,12 @@ class MergeConfig:
     levels: int = 1
     modules: tuple[str, ...] = ("attn1",)
     min_tokens: int = 1024
-    search: Search = "local"
+    search: Search = "global"
     neighbourhood: int = 1
     metric: Metric = "attention"
     share_branches: bool = True
     share_layers: bool = False
-    refresh: Refresh = SigmaRatio(2.0)
+    refresh: Refresh = SigmaRatio(4.0)
     start: float = 0.0
     end: float = 1.0
     prune_until: float = 0.0
@@ -191,7 +191,6 @@ def _known(names: Mapping[str, Any]) -> None:
 
 
 _PAPERS: dict[str, Any] = {
-    "search": "global",
     "metric": "block",
     "share_branches": False,
     "proportional": False,

@@ -7,7 +7,7 @@ tokens at its finest attention that Stable Diffusion 1.5 has at 512 x 512. Needs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +64,22 @@ def _load(path: Path, device: str) -> SceneModel:
 def denoiser(model: SceneModel | None = None) -> Any:
     """The embedded model as a k-diffusion denoiser: ``denoiser()(x, sigma, cond=encode(prompts))``.
 
-    It has ``sigmas``, ``get_sigmas(n)``, ``sigma_min`` and ``sigma_max``. x is a latent (b 12 64 64).
+    It has ``sigmas``, ``sigma_min``, ``sigma_max`` and ``get_sigmas(n)``, which gives the schedule of Karras et al.
+    (2022). x is a latent (b 12 64 64).
 
     Raises:
         ImportError: there is no k-diffusion.
     """
     from tome_sampler import kdiffusion
-    from tome_sampler.demo.model import alphas_cumprod
+    from tome_sampler.demo.model import SIGMA_MAX, SIGMA_MIN, alphas_cumprod
 
     model = load_model() if model is None else model
-    wrapped = kdiffusion.load("external").DiscreteVDDPMDenoiser(model, alphas_cumprod(), quantize=False)
-    return wrapped.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    wrapped = kdiffusion.load("external").DiscreteVDDPMDenoiser(model, alphas_cumprod(), quantize=False).to(device)
+    # steps equal in the timestep would be too wide at the low end for second-order samplers
+    karras = kdiffusion.load("sampling").get_sigmas_karras
+    wrapped.get_sigmas = partial(karras, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, device=device)
+    return wrapped
 
 
 def encode(prompts: Sequence[str], model: SceneModel | None = None) -> Tensor:

@@ -24,6 +24,7 @@ PATCH = 2
 LATENT_SIZE = 64
 LATENT_CHANNELS = 3 * PATCH**2
 SIGMA_SHIFT = 2.0
+SIGMA_MIN, SIGMA_MAX = 0.03, 42.0
 
 
 class CaptionEncoder(nn.Module):
