@@ -39,6 +39,7 @@ REFRESH = {
     "sigma_1.5": SigmaRatio(1.5),
     "sigma_2": SigmaRatio(2.0),
     "sigma_4": SigmaRatio(4.0),
+    "sigma_6": SigmaRatio(6.0),
     "sigma_8": SigmaRatio(8.0),
     "steps_5": EverySteps(5),
     "drift_0.02": Drift(0.02),

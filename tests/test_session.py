@@ -399,7 +399,7 @@ def test_statistics_add_up() -> None:
 
 def test_mean_similarity_and_importance_merged_are_what_they_say() -> None:
     session, x, importance = MergeSession(preset("default")), tokens(), torch.rand(1, 8, 8)
-    one(session, x, 4.0)
+    one(session, x, 8.0)
     observe(session, importance)
     pairing = one(session, x, 1.0)
     assert pairing is not None
@@ -441,7 +441,7 @@ def test_each_module_runs_on_merged_tokens(unet: nn.Module, modules: tuple[str, 
     with merging(unet, preset("default", modules=modules), branches=BOTH) as session:
         assert torch.isfinite(call_unet(unet, size)).all()
     assert {name.rsplit(".", 1)[1] for name in session.stats.to_dict()["layers"]} == set(modules)
-    assert session.stats.to_dict()["merged_fraction"] >= 0.45
+    assert session.stats.to_dict()["merged_fraction"] >= 0.3
     blocks = len(session.stats.to_dict()["layers"]) // len(modules)
     assert session.stats.to_dict()["pairings_made"] == blocks
 

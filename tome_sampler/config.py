@@ -82,9 +82,9 @@ class MergeConfig:
         ValueError: a value is outside its range, or a combination cannot work; one line that names both.
     """
 
-    ratio: float = 0.75
+    ratio: float = 0.6
     threshold: float | None = 0.9
-    floor: float = 0.5
+    floor: float = 0.35
     batch_rule: BatchRule = "row"
     stride: int = 2
     destinations: Destinations = "cell"
@@ -100,7 +100,7 @@ class MergeConfig:
     metric: Metric = "attention"
     share_branches: bool = True
     share_layers: bool = False
-    refresh: Refresh = SigmaRatio(4.0)
+    refresh: Refresh = SigmaRatio(6.0)
     start: float = 0.0
     end: float = 1.0
     prune_until: float = 0.0
@@ -215,7 +215,7 @@ PRESETS: dict[str, MergeConfig] = {
     "importance": MergeConfig(
         ratio=0.7, threshold=None, destinations="pool", random=True, prune_until=2 / 50, **_PAPERS
     ),
-    "quality": MergeConfig(ratio=0.5, floor=0.25),
+    "quality": MergeConfig(ratio=0.5, floor=0.25, refresh=SigmaRatio(4.0)),
     "balanced": MergeConfig(),
     "fast": MergeConfig(ratio=0.9, floor=0.75, stride=4),
     "default": MergeConfig(),

@@ -84,19 +84,26 @@ def pool_dst(rank: Tensor, r: int, stride: int, pool: float, seed: int) -> tuple
 
 
 def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
-    """Each token's most similar destination among all: cosine (b n), fp32, and its token (b n).
+    """Each source's most similar destination among all: cosine (b n), fp32, and its token (b n). A destination has
+    the score -2 and itself.
 
     Products are taken in the metric's own precision, of vectors normalised in fp32; a zero vector is similar to
     nothing (0), never NaN.
     """
-    b, _, c = metric.shape
+    b, n, c = metric.shape
     unit = _unit(metric).to(metric.dtype)
     index = dst.index.expand(b, -1)
+    k = index.shape[1]
+    is_dst = torch.zeros(b, n, dtype=torch.uint8, device=metric.device).scatter_(1, index, 1)
+    src = is_dst.argsort(dim=1, stable=True)[:, : n - k]
     candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).transpose(1, 2)
-    chunk = max(_SCORES_AT_ONCE // (b * candidates.shape[2]), 1)
-    best = [(part @ candidates).max(-1) for part in unit.split(chunk, 1)]
-    score, nearest = torch.cat([v for v, _ in best], 1).float(), torch.cat([i for _, i in best], 1)
-    return score, index.gather(1, nearest)
+    sources = unit.gather(1, src[..., None].expand(-1, -1, c))
+    chunk = max(_SCORES_AT_ONCE // (b * k), 1)
+    best = [(part @ candidates).max(-1) for part in sources.split(chunk, 1)]
+    value, nearest = torch.cat([v for v, _ in best], 1).float(), torch.cat([i for _, i in best], 1)
+    score = value.new_full((b, n), -2.0).scatter_(1, src, value)
+    target = torch.arange(n, device=metric.device).repeat(b, 1).scatter_(1, src, index.gather(1, nearest))
+    return score, target
 
 
 def local_match(
