@@ -94,7 +94,7 @@ def test_merged_pictures_are_near_the_plain_ones() -> None:
     plain = sample(PROMPT, None, **settings)
     ours, theirs = (sample(PROMPT, MergeConfig.preset(name), **settings) for name in ("default", "tomesd"))
     assert fidelity(ours.picture, plain.picture)[0] > max(30, fidelity(theirs.picture, plain.picture)[0] + 3)
-    assert ours.stats["merged_fraction"] > 0.4
+    assert ours.stats["merged_fraction"] > 0.3
 
 
 def test_demo_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,9 +82,9 @@ class MergeConfig:
         ValueError: a value is outside its range, or a combination cannot work; one line that names both.
     """
 
-    ratio: float = 0.6
+    ratio: float = 0.5
     threshold: float | None = 0.9
-    floor: float = 0.35
+    floor: float = 0.3
     batch_rule: BatchRule = "row"
     stride: int = 2
     destinations: Destinations = "cell"
@@ -215,7 +215,7 @@ PRESETS: dict[str, MergeConfig] = {
     "importance": MergeConfig(
         ratio=0.7, threshold=None, destinations="pool", random=True, prune_until=2 / 50, **_PAPERS
     ),
-    "quality": MergeConfig(ratio=0.5, floor=0.25, refresh=SigmaRatio(4.0)),
+    "quality": MergeConfig(floor=0.25, refresh=SigmaRatio(4.0)),
     "balanced": MergeConfig(),
     "fast": MergeConfig(ratio=0.9, floor=0.75, stride=4),
     "default": MergeConfig(),
