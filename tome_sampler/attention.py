@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -30,15 +31,20 @@ _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp1
 class proportional_attention(TorchFunctionMode):
     """Within it, attention over m keys adds `log_size` (b m) to their logits.
 
+    `heads`, if known, says that logits with the heads folded into the batch have b * heads rows; fewer are then taken
+    for a slice, of slices worked off in order, as memory-saving attention does.
+
     ``used`` tells afterwards whether any attention did: one that calls neither of the two functions (xformers' own
-    operators, say) cannot be reached.
+    operators, say) cannot be reached, see :func:`own_attention`.
     """
 
-    def __init__(self, log_size: Tensor, form: Form | None = None) -> None:
+    def __init__(self, log_size: Tensor, form: Form | None = None, heads: int | None = None) -> None:
         super().__init__()
         self.log_size = log_size.clamp(min=_NEVER)
         self.form = form or FORM.get(log_size.device.type, "channel")
+        self.heads = heads
         self.used = False
+        self._done = 0  # folded rows of the slices so far
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,15 +54,34 @@ class proportional_attention(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func in _SOFTMAX:
             logits = args[0] if args else kwargs["input"]
-            if logits.shape[-1] == self.log_size.shape[1] and logits.shape[0] % self.log_size.shape[0] == 0:
+            bias = self._bias(logits)
+            if bias is not None:
                 self.used = True
-                return func(logits + self._bias(logits), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+                return func(logits + bias, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
         return func(*args, **kwargs)
 
-    def _bias(self, like: Tensor) -> Tensor:
-        """log_size in the shape of logits (b ... i m) or, heads folded into the batch, (b*heads i m)."""
-        bias = self.log_size.to(like.dtype).repeat_interleave(like.shape[0] // self.log_size.shape[0], 0)
-        return bias.view(bias.shape[0], *(1,) * (like.ndim - 2), -1)
+    def _bias(self, logits: Tensor) -> Tensor | None:
+        """log_size in the shape of logits (b ... i m) or, heads folded into the batch, (b*heads i m) or a slice of
+        its rows; None if they are something else's."""
+        b, m = self.log_size.shape
+        rows = logits.shape[0]
+        if logits.ndim < 3 or logits.shape[-1] != m:
+            return None
+        bias = self.log_size.to(logits.dtype)
+        if logits.ndim > 3 or (self.heads is None and rows == b):
+            if rows != b:
+                return None
+        else:
+            heads = self.heads or rows // b
+            if rows > b * heads or (self.heads is None and rows % b):
+                return None
+            bias = bias.repeat_interleave(heads, 0)
+            if rows < b * heads:
+                first, self._done = self._done, (self._done + rows) % (b * heads)
+                if first + rows > b * heads:
+                    return None
+                bias = bias[first : first + rows]
+        return bias.view(rows, *(1,) * (logits.ndim - 2), -1)
 
     def _sdpa(
         self,
@@ -70,21 +95,44 @@ class proportional_attention(TorchFunctionMode):
         **kwargs: Any,
     ) -> Tensor:
         sdpa = F.scaled_dot_product_attention
-        if key.shape[-2] != self.log_size.shape[1] or key.shape[0] % self.log_size.shape[0]:
+        bias = self._bias(key.transpose(-1, -2))
+        if bias is None:
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
         self.used = True
         if self.form == "mask" or attn_mask is not None:
-            bias = self._bias(key.transpose(-1, -2))
             if attn_mask is not None:
                 mask = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf).to(bias)
                 bias = bias + mask
             return sdpa(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
         d = query.shape[-1]
         scale = d**-0.5 if scale is None else scale
-        bias = self._bias(key.transpose(-1, -2)).transpose(-1, -2).expand(*key.shape[:-1], 1) / scale
+        bias = bias.transpose(-1, -2).expand(*key.shape[:-1], 1) / scale
         width = -(d + 1) % 8
         query = F.pad(torch.cat([query, torch.ones_like(query[..., :1])], -1), (0, width))
         key = F.pad(torch.cat([key, bias], -1), (0, width))
         channels = value.shape[-1]
         value = F.pad(value, (0, max(query.shape[-1] - channels, 0)))
         return sdpa(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]
+
+
+def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | None:
+    """Self-attention of x (b m c) by a layer's own projections, keys counted by `log_size` (b m): for hosts whose
+    attention :class:`proportional_attention` cannot reach. The projections are called as modules, so that LoRA acts.
+
+    None if the layer is not a plain one, with ``to_q``, ``to_k``, ``to_v``, ``to_out`` and ``heads``.
+    """
+    heads = getattr(module, "heads", None)
+    parts = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v", "to_out")]
+    special = ("group_norm", "spatial_norm", "norm_q", "norm_k", "residual_connection")
+    if not isinstance(heads, int) or not all(isinstance(part, nn.Module) for part in parts):
+        return None
+    if any(getattr(module, name, None) for name in special) or getattr(module, "rescale_output_factor", 1) != 1:
+        return None
+    to_q, to_k, to_v, to_out = (part for part in parts if isinstance(part, nn.Module))
+    q, k, v = (rearrange(to(x), "b m (h d) -> b h m d", h=heads) for to in (to_q, to_k, to_v))
+    with proportional_attention(log_size):
+        out = F.scaled_dot_product_attention(q, k, v, scale=getattr(module, "scale", None))
+    out = rearrange(out, "b h m d -> b m (h d)")
+    for part in to_out if isinstance(to_out, (nn.ModuleList, nn.Sequential)) else [to_out]:
+        out = part(out)
+    return out

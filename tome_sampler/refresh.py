@@ -206,12 +206,16 @@ class Clock:
     Args:
         sigmas: the schedule that the sampler was given, if known: then fractions and steps are exact.
         table: all noise levels of the model, if known: fractions are places in it, as ComfyUI's percents are.
+        restarts: the sampler may go back to its first sigma, so that this is not taken for a second run.
 
     With neither, the run is taken to fall geometrically from its first sigma to 0.03. Without `sigmas`, a step is a
     model call at a new lowest sigma.
     """
 
-    def __init__(self, sigmas: Sequence[float] | None = None, table: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, sigmas: Sequence[float] | None = None, table: Sequence[float] | None = None, restarts: bool = False
+    ) -> None:
+        self._restarts = restarts
         self._schedule = Schedule(sigmas) if sigmas is not None else None
         self._table = Schedule(table) if table is not None else None
         self._first = self._lowest = math.nan
@@ -230,7 +234,7 @@ class Clock:
             self._first = sigma
         if self._step < 0 or sigma < self._lowest * (1 - 1e-4):
             self._lowest, self._step = sigma, self._step + 1
-        elif sigma >= self._first * (1 - 1e-4) and self._fraction(self._lowest) > 0.5:
+        elif not self._restarts and sigma >= self._first * (1 - 1e-4) and self._fraction(self._lowest) > 0.5:
             raise RuntimeError(
                 f"this session has already sampled a run (sigma fell from {self._first:.4g} to {self._lowest:.4g} and "
                 f"is {sigma:.4g} again); call session.reset() between runs, or open a session for each"

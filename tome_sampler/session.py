@@ -32,7 +32,7 @@ class ModelCall:
 
     sigma: noise level, > 0, or None where unknown: then no pairs are reused. latent_size: (h, w) of the model's
     input, or None where unknown: then only square token grids are merged. branches: "cond" or "uncond" for each batch
-    row. images: the number of its image, from 0, for each batch row.
+    row; without any, the call passes through. images: the number of its image, from 0, for each batch row.
     """
 
     sigma: float | None
@@ -87,21 +87,25 @@ class MergeSession:
         config: what the user chose.
         sigmas: the schedule that the sampler will follow, if known; it makes `start`, `end` and checkpoint fractions
             exact.
+        restarts: the sampler may go back to its first sigma (Restart does): a second run is then not noticed, so this
+            is for hosts that make a session for each run.
 
     ``stats`` holds what was done. A session serves one run; :meth:`reset` readies it for the next.
     """
 
-    def __init__(self, config: MergeConfig, sigmas: Sequence[float] | None = None) -> None:
+    def __init__(self, config: MergeConfig, sigmas: Sequence[float] | None = None, *, restarts: bool = False) -> None:
         self.config = config
         self.suspended = False
         self._sigmas = None if sigmas is None else [float(s) for s in sigmas]
+        self._restarts = restarts
         self._table: list[float] | None = None
+        self._levels: set[int] = set()  # how coarse they are: of the model, so it outlives runs and sizes
         self.reset()
 
     def reset(self) -> None:
         """Forget the run: pairs, importance, statistics and time."""
         self.stats = Stats()
-        self._clock = Clock(self._sigmas, self._table)
+        self._clock = Clock(self._sigmas, self._table, self._restarts)
         self._call: ModelCall | None = None
         self._moment: Moment | None = None
         self._calls = 0
@@ -114,7 +118,7 @@ class MergeSession:
         """All noise levels of the model, falling: fractions of a run without a known schedule are places in it."""
         self._table = [float(s) for s in sigmas]
         if self._calls == 0:
-            self._clock = Clock(self._sigmas, self._table)
+            self._clock = Clock(self._sigmas, self._table, self._restarts)
 
     @property
     def current(self) -> ModelCall | None:
@@ -128,7 +132,16 @@ class MergeSession:
 
     @contextmanager
     def call(self, call: ModelCall) -> Iterator[None]:
-        """Within it, the model runs once as `call` says. State of another latent size is forgotten.
+        """Within it, the model runs once as `call` says. Arguments and errors are those of :meth:`begin`."""
+        self.begin(call)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, call: ModelCall) -> None:
+        """The model runs once as `call` says, until :meth:`end` or the next begin; :meth:`call` is the safer form.
+        State of another latent size is forgotten.
 
         Raises:
             ValueError: sigma is not above 0. RuntimeError: a second run without :meth:`reset`.
@@ -138,12 +151,13 @@ class MergeSession:
             self._forget_size(call.latent_size)
         self._call, self._moment = call, moment
         self._calls += 1
+        self._seen.clear()
         self.stats.begin(call.sigma)
         self._read_drift()
-        try:
-            yield
-        finally:
-            self._call = self._moment = None
+
+    def end(self) -> None:
+        """The model call is over."""
+        self._call = self._moment = None
 
     @torch.no_grad()
     def observe(self, cond: Tensor, uncond: Tensor) -> None:
@@ -152,22 +166,28 @@ class MergeSession:
         self._ranks.clear()
 
     @torch.no_grad()
-    def merge(self, layer: Layer, x: Tensor, metric: Tensor | None = None) -> Pairing | None:
+    def merge(
+        self, layer: Layer, x: Tensor, metric: Tensor | None = None, grid: tuple[int, int] | None = None
+    ) -> Pairing | None:
         """The pairing to merge a layer's tokens x (b n c) with, or None: leave them alone.
 
-        `metric` (b n c') is what similarity is taken of, by default x itself.
+        `metric` (b n c') is what similarity is taken of, by default x itself. `grid` is (h, w) of the n tokens, by
+        default what the latent's size says.
         """
-        if self.suspended:
+        if self.suspended or (self._call is not None and not self._call.images):
             return None
         b, n, _ = x.shape
-        grid = self._grid(n)
-        if grid is None:
+        grid = grid or self.grid(n)
+        if grid is None or grid[0] * grid[1] != n:
             self.note(f"{n} tokens are not the grid of a {self._latent_size or 'square'} latent: passed through")
             return None
-        self._levels.add(n)
         config = self.config
-        if sorted(self._levels, reverse=True).index(n) >= config.levels or n < config.min_tokens:
+        if self._level(n) >= config.levels or n < config.min_tokens:
             return None
+        if self._call is not None and layer.name in self._seen:  # a reference pass, say: not the tokens it was first
+            self.note(f"{layer.name} ran more than once in a model call: passed through")
+            return None
+        self._seen.add(layer.name)
         images, branches = self._rows(b)
         if images is None:
             self.note(f"a batch of {b} rows where the model call told of {len(branches)}: passed through")
@@ -201,7 +221,20 @@ class MergeSession:
             return tuple(range(b)), ("cond",) * b
         return (self._call.images if len(self._call.images) == b else None), self._call.branches
 
-    def _grid(self, n: int) -> tuple[int, int] | None:
+    def _level(self, n: int) -> int:
+        """The place of a layer of n tokens among the model's attention levels, 0 for the finest one known.
+
+        Levels are known by how many times coarser than the latent they are, once they have run: a model that runs a
+        coarse level before its finest one is merged there in its first call.
+        """
+        h, w = self._latent_size or (1, 1)
+        levels = self._sizes if self._latent_size is None else self._levels
+        coarseness = round(math.log2(h * w / n))
+        levels.add(coarseness)
+        return sorted(levels).index(coarseness)
+
+    def grid(self, n: int) -> tuple[int, int] | None:
+        """The (h, w) of n tokens of the last call's latent, or None if they are not a downsampling of it."""
         if n not in self._grids:
             self._grids[n] = _grid_of(n, self._latent_size)
         return self._grids[n]
@@ -317,7 +350,8 @@ class MergeSession:
         self._cache: dict[tuple[int, int, tuple[int, ...]], _Cached] = {}
         self._importance = None
         self._ranks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._levels: set[int] = set()
+        self._sizes: set[int] = set()  # stands in for the levels where no latent size is known
+        self._seen: set[str] = set()  # layers that have merged in this model call
         self._grids: dict[int, tuple[int, int] | None] = {}
 
     def release(self) -> None:

@@ -15,11 +15,10 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
-from torch.nn import functional as F
 
 import tome_sampler
 from tome_sampler.demo.compare import Comparison, Pair
-from tome_sampler.pairing import Pairing
+from tome_sampler.overlay import group_map, heat_map
 
 _PANEL = 256
 _MARGIN = 12
@@ -35,29 +34,6 @@ def fidelity(picture: Tensor, reference: Tensor) -> tuple[float, float]:
     return min(float(psnr), 99.0), float(structural_similarity(b, a, data_range=2.0, channel_axis=2))
 
 
-def group_map(picture: Tensor, pairing: Pairing, grid: tuple[int, int]) -> Tensor:
-    """What was merged into what, (3 256 256): each group in the mean colour of its part of the picture, dark lines
-    between groups. A wide plain area is one group; fine mesh is tokens that were kept."""
-    h, w = grid
-    tokens = rearrange(F.adaptive_avg_pool2d(picture[None], grid), "b c h w -> b (h w) c")
-    mean = tome_sampler.Pairing(pairing.row[:1], pairing.size[:1], pairing.head[:1])
-    grouped = rearrange(mean.unmerge(mean.merge(tokens))[0], "(h w) c -> c h w", h=h)
-    scale = _PANEL // max(h, w)
-    grouped = grouped.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    group = pairing.target[0].view(h, w).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    edge = torch.zeros_like(group, dtype=torch.bool)
-    edge[1:] |= group[1:] != group[:-1]
-    edge[:, 1:] |= group[:, 1:] != group[:, :-1]
-    return torch.where(edge, grouped * 0.55 - 0.45, grouped)
-
-
-def _heat(importance: Tensor) -> Tensor:
-    """A map (h w) as a picture (3 h w): black, through red and yellow, to white."""
-    low, high = importance.min(), importance.max()
-    level = ((importance - low) / (high - low).clamp(min=1e-12)) * 3
-    return torch.stack([level, level - 1, level - 2]).clamp(0, 1) * 2 - 1
-
-
 def _image(picture: Tensor) -> Image.Image:
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy()).resize(
@@ -71,10 +47,10 @@ def _panels(pair: Pair) -> list[tuple[str, Image.Image]]:
     blank = torch.full((3, 8, 8), -0.2)
     importance, groups = blank, blank
     if merged.importance is not None:
-        importance = _heat(merged.importance)
+        importance = heat_map(merged.importance)
     if merged.pairing is not None:
         side = int(merged.pairing.row.shape[1] ** 0.5)
-        groups = group_map(merged.picture, merged.pairing, (side, side))
+        groups = group_map(merged.picture, merged.pairing.target[0], (side, side), _PANEL)
     return [
         (f"plain, {plain.seconds:.1f} s", _image(plain.picture)),
         (f"merged, {merged.seconds:.1f} s", _image(merged.picture)),

@@ -61,10 +61,10 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(inner=True, tile=64, sigma=2.0, batch=32, steps=5200, lr=1e-3, final_lr=5e-4),
+    Stage(inner=True, tile=64, sigma=2.0, batch=32, steps=6000, lr=1e-3, final_lr=5e-4),
     # half the cost of a step at 64 x 64 is attention over all of it; what is learnt last is to leave no noise
     Stage(inner=False, tile=16, sigma=2.0, batch=4, steps=2200, lr=6e-4, final_lr=3.8e-4),
-    Stage(inner=False, tile=16, sigma=0.6, batch=4, steps=1700, lr=8e-4, final_lr=1e-4),
+    Stage(inner=False, tile=16, sigma=0.6, batch=4, steps=2600, lr=8e-4, final_lr=1e-4),
     Stage(inner=False, tile=64, sigma=0.6, batch=4, steps=300, lr=1e-4, final_lr=1e-6),
 )
 

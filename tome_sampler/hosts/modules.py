@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from tome_sampler.attention import proportional_attention
+from tome_sampler.attention import own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
 from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
@@ -21,13 +23,30 @@ _TIMESTEPS = 1000
 _attached: weakref.WeakKeyDictionary[nn.Module, list[_Attachment]] = weakref.WeakKeyDictionary()
 
 
+Describe = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], ModelCall | None]
+"""What a call of the root module, with these arguments, is, or None where that is unknown."""
+
+
+@dataclass
+class _Open:
+    """A layer that is running on merged tokens."""
+
+    pairing: Pairing
+    merged: Tensor
+    log_size: Tensor | None  # what its keys' logits gain
+    mode: proportional_attention | None
+
+
 class _Attachment:
     """The hooks of one session on one module tree."""
 
-    def __init__(self, root: nn.Module, session: MergeSession, branches: tuple[str, ...] | None) -> None:
-        self.session, self._branches = session, branches
+    def __init__(
+        self, root: nn.Module, session: MergeSession, describe: Describe, failed: Callable[[Exception], None] | None
+    ) -> None:
+        self.session, self._describe, self._failed = session, describe, failed
         self._stack = ExitStack()
-        self._open: dict[nn.Module, tuple[Pairing, proportional_attention | None]] = {}
+        self._open: dict[nn.Module, _Open] = {}
+        self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
         blocks = [(name, m) for name, m in root.named_modules() if isinstance(getattr(m, "attn1", None), nn.Module)]
@@ -51,9 +70,9 @@ class _Attachment:
 
     def _abandon(self) -> None:
         """Close what an interrupt left open: torch runs `always_call` hooks after an Exception, not after others."""
-        for _, mode in self._open.values():
-            if mode is not None:
-                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for opened in self._open.values():
+            if opened.mode is not None:
+                opened.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._open.clear()
         self._block_input.clear()
         if self._call is not None:
@@ -89,38 +108,56 @@ class _Attachment:
             x = _tokens(args, kwargs)
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)):
                 return None
-            pairing = self.session.merge(layer, x, self._block_input.get(block))
-            if pairing is None:
+            try:
+                pairing = self.session.merge(layer, x, self._block_input.get(block))
+                if pairing is None:
+                    return None
+                opened = _Open(pairing, pairing.merge(x), None, None)
+            except Exception as error:
+                if self._failed is None:
+                    raise
+                self._failed(error)
                 return None
-            merged, mode = pairing.merge(x), None
             # padding, which evens out different counts, must never be attended to, proportional or not
             if part == "attn1" and (self.session.config.proportional or pairing.padded):
-                mode = proportional_attention(
-                    pairing.log_size if self.session.config.proportional else pairing.log_mask
-                )
-                mode.__enter__()  # type: ignore[no-untyped-call]
-            self._open[module] = pairing, mode
-            return _with_tokens(merged, x, args, kwargs)
+                opened.log_size = pairing.log_size if self.session.config.proportional else pairing.log_mask
+                if module not in self._unreached:
+                    heads = getattr(module, "heads", None)
+                    opened.mode = proportional_attention(
+                        opened.log_size, heads=heads if isinstance(heads, int) else None
+                    )
+                    opened.mode.__enter__()  # type: ignore[no-untyped-call]
+            self._open[module] = opened
+            # a layer whose own attention is of no use is given a single token to be quick about
+            given = opened.merged[:, :1] if module in self._unreached else opened.merged
+            return _with_tokens(given, x, args, kwargs)
 
         return before
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if module not in self._open:
             return None
-        pairing, mode = self._open.pop(module)
-        if mode is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if not mode.used and isinstance(output, Tensor):
+        opened = self._open.pop(module)
+        if opened.mode is not None:
+            opened.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if not isinstance(output, Tensor):
+            return None
+        if opened.log_size is not None and (opened.mode is None or not opened.mode.used):
+            own = own_attention(module, opened.merged, opened.log_size)
+            if own is None:
                 self.session.note(
                     f"{type(module).__name__} calls neither scaled_dot_product_attention nor softmax: its merged keys "
                     "count once each"
                 )
-        return pairing.unmerge(output) if isinstance(output, Tensor) else None
+            else:
+                self._unreached.add(module)
+                output = own
+        return opened.pairing.unmerge(output)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._abandon()
         if self.session.current is None and not self.session.suspended:
-            call = _call_of(module, args, kwargs, self._branches)
+            call = self._describe(module, args, kwargs)
             if call is not None:
                 self._call = self.session.call(call)
                 self._call.__enter__()
@@ -151,7 +188,7 @@ def _attends_to_itself(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _call_of(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branches: tuple[str, ...] | None
+    branches: tuple[str, ...] | None, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelCall | None:
     """What a call of a whole model says by itself: its latent's size, its noise level, its batch."""
     x = args[0] if args else kwargs.get("sample", kwargs.get("x", kwargs.get("input")))
@@ -213,11 +250,33 @@ def apply_patch(
     if not isinstance(config, MergeConfig):
         raise ValueError(f"config is {config!r}; it must be a MergeConfig, such as MergeConfig.preset('fast')")
     session = MergeSession(config, sigmas)
-    attachment = _Attachment(root, session, None if branches is None else tuple(branches))
+    _attach(root, session, partial(_call_of, None if branches is None else tuple(branches)))
+    return session
+
+
+def attach(
+    root: nn.Module, session: MergeSession, describe: Describe, failed: Callable[[Exception], None]
+) -> Callable[[], None]:
+    """Put a session that a host adapter keeps to work on a module tree; returns what takes it off again.
+
+    Args:
+        describe: is asked what each call of `root` is.
+        failed: is told of an error of ours in a layer, which then runs on all its tokens.
+
+    Raises:
+        ValueError: nothing in the model matches; the model is as it was.
+    """
+    return partial(_remove, root, _attach(root, session, describe, failed))
+
+
+def _attach(
+    root: nn.Module, session: MergeSession, describe: Describe, failed: Callable[[Exception], None] | None = None
+) -> _Attachment:
+    attachment = _Attachment(root, session, describe, failed)
     for other in _others(root):  # the innermost of nested sessions works, the others wait
         other.suspended = True
     _attached.setdefault(root, []).append(attachment)
-    return session
+    return attachment
 
 
 def remove_patch(model: Any) -> Any:

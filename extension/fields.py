@@ -1,0 +1,214 @@
+"""One table of what can be set. It drives the controls, the infotext, pasting, the X/Y/Z axes and the API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tome_sampler.config import MODULES, MergeConfig
+from tome_sampler.refresh import (
+    CA_TOME_CHECKPOINTS,
+    Always,
+    Checkpoints,
+    Drift,
+    EverySteps,
+    Once,
+    Refresh,
+    SigmaRatio,
+    refresh_from_dict,
+)
+
+TITLE = "ToMe Sampler"
+PRESETS = {  # as the page names them: the library's name
+    "Quality": "quality",
+    "Balanced": "balanced",
+    "Fast": "fast",
+    "ToMe-SD": "tomesd",
+    "CA-ToMe": "ca_tome",
+    "Importance": "importance",
+}
+OFF, CUSTOM = "Off", "Custom"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices", "refresh"
+    or "threshold". low, high, step: the control's; a whole or plain number may not be outside them. main: shown at
+    once and not in the Advanced fold."""
+
+    name: str
+    label: str
+    kind: str
+    info: str
+    low: float = 0.0
+    high: float = 1.0
+    step: float = 0.01
+    choices: tuple[str, ...] = ()
+    main: bool = False
+
+    @property
+    def key(self) -> str:
+        """In the infotext."""
+        return f"ToMe {self.name.replace('_', ' ')}"
+
+    def shown(self, config: MergeConfig) -> Any:
+        """What the control shows."""
+        value = getattr(config, self.name)
+        if self.kind == "threshold":
+            return 0.0 if value is None else max(value, 0.0)
+        if self.kind == "refresh":
+            return refresh_text(value)
+        return list(value) if self.kind == "choices" else value
+
+    def read(self, value: Any) -> Any:
+        """The configuration's value, from a control, a caller or (text) an infotext or axis.
+
+        Raises:
+            ValueError: one line that names the value and what it may be.
+        """
+        if isinstance(value, str) and self.kind not in ("choice", "choices", "refresh"):
+            value = self._from_text(value)
+        if self.kind == "flag":
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.name} is {value!r}; it must be true or false")
+            return value
+        if self.kind == "choice":
+            if value not in self.choices:
+                raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}")
+            return value
+        if self.kind == "choices":
+            if isinstance(value, str):
+                value = [part.strip() for part in value.replace("+", ",").split(",") if part.strip()]
+            if not isinstance(value, (list, tuple)) or not value or any(v not in self.choices for v in value):
+                raise ValueError(f"{self.name} is {value!r}; it must name at least one of {', '.join(self.choices)}")
+            return tuple(v for v in self.choices if v in value)
+        if self.kind == "refresh":
+            return read_refresh(value)
+        if self.kind == "threshold" and (value is None or value == 0) and not isinstance(value, bool):
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{self.name} is {value!r}; it must be a number{self._range()}")
+        if self.kind == "whole":
+            if value != value or abs(value) == float("inf") or value != int(value):
+                raise ValueError(f"{self.name} is {value!r}; it must be a whole number{self._range()}")
+            value = int(value)
+        low = -1.0 if self.kind == "threshold" else self.low
+        if not low <= value <= self.high:
+            raise ValueError(f"{self.name} is {value!r}; it must be a number{self._range()}")
+        return value
+
+    def text(self, config: MergeConfig) -> str:
+        """In the infotext; :meth:`read` takes it back."""
+        value = getattr(config, self.name)
+        if self.kind == "refresh":
+            return refresh_text(value)
+        if self.kind == "choices":
+            return "+".join(value)
+        return "off" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
+
+    def _range(self) -> str:
+        low = -1.0 if self.kind == "threshold" else self.low
+        return f" from {low:g} to {self.high:g}" + (", or null for off" if self.kind == "threshold" else "")
+
+    def _from_text(self, text: str) -> Any:
+        text = text.strip()
+        if self.kind == "threshold" and text.lower() in ("off", "none", ""):
+            return None
+        if self.kind == "flag":
+            return {"true": True, "false": False}.get(text.lower(), text)
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+FIELDS: tuple[Field, ...] = (
+    Field("ratio", "Merge ratio", "number", "share of tokens merged away; 2x2 cells allow 0.75, stride 4 allows 0.9375",
+          high=0.9375, main=True),
+    Field("threshold", "Similarity threshold", "threshold",
+          "merge only tokens at least this alike, up to the ratio; 0: always the whole ratio", main=True),
+    Field("importance", "Importance strength", "number",
+          "how much more alike an important token must be to be merged", high=2.0, main=True),
+    Field("refresh", "Pair reuse", "refresh", "when pairs are made anew: more rarely is faster",
+          choices=("always", "sigma ratio 2", "sigma ratio 4", "sigma ratio 6", "every 5 steps", "drift 0.05",
+                   *(f"checkpoints {name}" for name in CA_TOME_CHECKPOINTS), "once"), main=True),
+    Field("levels", "Attention levels", "whole", "how many of the finest levels are merged", low=1, high=4, step=1,
+          main=True),
+    Field("start", "Start at", "number", "fraction of the noise schedule from which to merge", main=True),
+    Field("end", "End at", "number", "fraction of the noise schedule up to which to merge", main=True),
+    Field("floor", "Least merged", "number", "with a threshold: the share that is merged in any case", high=0.9375),
+    Field("stride", "Cell size (stride)", "whole", "one destination per stride x stride cell", low=2, high=8, step=1),
+    Field("destinations", "Destinations", "choice", "which token of a cell the others may join",
+          choices=("cell", "grid", "pool")),
+    Field("random", "Random destinations", "flag", "draw the token of a grid cell by the merge seed"),
+    Field("pool", "Pool size", "number", "destinations 'pool': in multiples of the kept tokens", low=0.25, high=4.0,
+          step=0.05),
+    Field("protect", "Protect", "number", "share of tokens, the most important ones, that are never merged"),
+    Field("search", "Search", "choice", "'local': only destinations in neighbouring cells",
+          choices=("global", "local")),
+    Field("neighbourhood", "Neighbourhood", "whole", "cells in each direction for the local search", low=1, high=8,
+          step=1),
+    Field("metric", "Similarity of", "choice", "what the attention gets, or its block",
+          choices=("attention", "block")),
+    Field("batch_rule", "Batch rule", "choice", "'row': an image merges the same alone or in a batch",
+          choices=("row", "max")),
+    Field("share_branches", "Share between cond and uncond", "flag", "match once for both"),
+    Field("share_layers", "Share between layers", "flag", "match once for all layers of a level"),
+    Field("modules", "Merge in", "choices", "which parts of a transformer block; Forge can merge attn1 only",
+          choices=MODULES),
+    Field("prune_until", "Prune until", "number", "up to this fraction tokens are dropped and not averaged"),
+    Field("proportional", "Proportional attention", "flag", "a merged key counts for as many tokens as it stands for"),
+    Field("min_tokens", "Smallest layer", "whole", "layers with fewer tokens are left alone", low=0, high=65536,
+          step=64),
+    Field("seed", "Merge seed", "whole", "of random destinations; the picture's seed is never touched", low=0,
+          high=2**31 - 1, step=1),
+)  # fmt: skip
+BY_NAME = {field.name: field for field in FIELDS}
+HIRES = ("ratio", "stride", "threshold", "levels")
+"""The fields that the hires override shows; a caller's dict may name any."""
+
+
+def refresh_text(refresh: Refresh) -> str:
+    """A policy as a few words; :func:`read_refresh` takes them back."""
+    if isinstance(refresh, SigmaRatio):
+        return f"sigma ratio {refresh.ratio:.10g}"
+    if isinstance(refresh, EverySteps):
+        return f"every {refresh.steps} steps"
+    if isinstance(refresh, Drift):
+        return f"drift {refresh.tolerance:.10g}"
+    if isinstance(refresh, Checkpoints):
+        names = [name for name, published in CA_TOME_CHECKPOINTS.items() if published == refresh]
+        return "checkpoints " + (names[0] if names else " ".join(f"{f:.10g}" for f in refresh.fractions))
+    return refresh.kind
+
+
+def read_refresh(value: Any) -> Refresh:
+    """A policy from its words, or from the plain data of ``Refresh.to_dict``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, Refresh):
+        return value
+    if isinstance(value, Mapping):
+        return refresh_from_dict(value)
+    words = value.lower().split() if isinstance(value, str) else []
+    try:
+        if words in (["always"], ["once"]):
+            return Always() if words == ["always"] else Once()
+        if words[:2] == ["sigma", "ratio"] and len(words) == 3:
+            return SigmaRatio(float(words[2]))
+        if words[:1] == ["every"] and words[2:] in ([], ["step"], ["steps"]):
+            return EverySteps(int(words[1]))
+        if words[:1] == ["drift"] and len(words) == 2:
+            return Drift(float(words[1]))
+        if words[:1] == ["checkpoints"]:
+            named = CA_TOME_CHECKPOINTS.get(" ".join(words[1:]))
+            return named or Checkpoints(tuple(float(word) for word in words[1:]))
+    except (ValueError, IndexError, OverflowError) as error:
+        raise ValueError(f"refresh is {value!r}: {error}") from None
+    raise ValueError(
+        f"refresh is {value!r}; it must be 'always', 'once', 'sigma ratio 2', 'every 5 steps', 'drift 0.05' or "
+        f"'checkpoints' with a list's name ({', '.join(CA_TOME_CHECKPOINTS)}) or fractions from 0 to 1"
+    )

@@ -1,0 +1,48 @@
+"""The maps of a run, drawn over its picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tome_sampler.overlay import group_map, heat_map
+
+from .record import Map
+
+KINDS = ("importance", "groups")
+LONG_SIDE = 768
+
+
+def drawn(one: Map, picture: Image.Image | None, kind: str) -> Image.Image | None:
+    """A map over a run's picture (or over grey); None where there was no importance.
+
+    Args:
+        kind: "importance": bright where guidance changed most. "groups": what was merged into what.
+    """
+    h, w = one.grid
+    scale = LONG_SIDE / max(h, w)
+    size = (max(round(w * scale), 1), max(round(h * scale), 1))
+    base = (picture or Image.new("RGB", size, (128, 128, 128))).convert("RGB").resize(size, Image.LANCZOS)
+    if kind == "importance":
+        if one.importance is None:
+            return None
+        heat = _image(heat_map(one.importance)).resize(size, Image.BICUBIC)
+        return Image.blend(base, heat, 0.6)
+    pixels = torch.from_numpy(np.asarray(base).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return _image(group_map(pixels, one.target.long(), one.grid, LONG_SIDE)).resize(size, Image.NEAREST)
+
+
+def png(image: Image.Image) -> bytes:
+    """As a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _image(picture: Tensor) -> Image.Image:
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+    return Image.fromarray(pixels.numpy())

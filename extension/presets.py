@@ -1,0 +1,115 @@
+"""The user's own named presets, in one JSON file that only this module touches."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tome_sampler.config import MergeConfig
+
+from .fields import CUSTOM, OFF, PRESETS
+
+MOST = 200
+LONGEST_NAME = 60
+
+
+class Presets:
+    """Presets by name, each the plain data of a ``MergeConfig``. A broken file is kept aside and said, not lost."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """What is saved; nothing where there is no file.
+
+        Raises:
+            ValueError: the file is no preset file; one line that names it.
+        """
+        if not self.path.is_file():
+            return {}
+        return self._read(self.path.read_text("utf-8"), str(self.path))
+
+    def names(self) -> list[str]:
+        """In alphabetical order; empty if the file is broken."""
+        try:
+            return sorted(self.all(), key=str.lower)
+        except (ValueError, OSError):
+            return []
+
+    def saved(self) -> dict[str, dict[str, Any]]:
+        """As :meth:`all`, but empty if the file is broken: for a run that uses none of them."""
+        try:
+            return self.all()
+        except (ValueError, OSError):
+            return {}
+
+    def save(self, name: str, config: MergeConfig) -> None:
+        """Add or replace one."""
+        presets = self.all()
+        presets[_checked(name)] = config.to_dict()
+        self._write(presets)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give one another name."""
+        presets = self.all()
+        if old not in presets:
+            raise ValueError(f"there is no preset {old!r} of your own")
+        if _checked(new) in presets and new.strip() != old:
+            raise ValueError(f"there is a preset {new.strip()!r} already")
+        presets[_checked(new)] = presets.pop(old)
+        self._write(presets)
+
+    def delete(self, name: str) -> None:
+        """Remove one."""
+        presets = self.all()
+        if name not in presets:
+            raise ValueError(f"there is no preset {name!r} of your own")
+        del presets[name]
+        self._write(presets)
+
+    def exported(self) -> str:
+        """All of them, as JSON that :meth:`load` takes."""
+        return json.dumps(self.all(), indent=2, sort_keys=True)
+
+    def load(self, text: str) -> list[str]:
+        """Add what another one exported; the names. Nothing is added if any of it is wrong."""
+        found = self._read(text, "the imported text")
+        self._write({**self.all(), **found})
+        return list(found)
+
+    def _read(self, text: str, source: str) -> dict[str, dict[str, Any]]:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"{source} must be an object of presets by name")
+        presets = {}
+        for name, fields in data.items():
+            if not isinstance(fields, Mapping):
+                raise ValueError(f"{source}: preset {name!r} must be an object of settings")
+            try:
+                presets[_checked(name)] = MergeConfig.from_dict(fields).to_dict()
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{source}: preset {name!r}: {error}") from None
+        return presets
+
+    def _write(self, presets: Mapping[str, Any]) -> None:
+        if len(presets) > MOST:
+            raise ValueError(f"there would be {len(presets)} presets; at most {MOST} can be kept")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(presets, indent=2, sort_keys=True), "utf-8")
+        os.replace(part, self.path)
+
+
+def _checked(name: Any) -> str:
+    if not isinstance(name, str) or not name.strip() or len(name.strip()) > LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"name is {name!r}; it must be 1 to {LONGEST_NAME} printable characters")
+    taken = {known.lower() for known in (OFF, CUSTOM, *PRESETS, *PRESETS.values(), "default")}
+    if name.strip().lower() in taken:
+        raise ValueError(f"name is {name!r}, which is one of the built-in presets; choose another")
+    return name.strip()

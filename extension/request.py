@@ -1,0 +1,208 @@
+"""What a run was asked for: from the page's controls or a caller's arguments to configurations, or a readable error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tome_sampler.config import MergeConfig
+
+from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, OFF, PRESETS
+
+SAME = "Same"
+KEYS = ("enabled", "preset", *BY_NAME, "hires")
+
+
+@dataclass(frozen=True)
+class Request:
+    """config: for the first pass, None: off. hires: for the second pass, None: off. same: hires is the first pass's.
+    preset, hires_preset: the names the configurations started from."""
+
+    preset: str
+    config: MergeConfig | None
+    same: bool = True
+    hires_preset: str = SAME
+    hires: MergeConfig | None = None
+
+    def of_pass(self, is_hires: bool) -> MergeConfig | None:
+        """The configuration of a sampling pass, None: do not merge."""
+        return self.hires if is_hires and not self.same else self.config
+
+    @property
+    def on(self) -> bool:
+        """Whether any pass merges."""
+        return self.config is not None or (not self.same and self.hires is not None)
+
+    def with_fields(self, values: Mapping[str, Any]) -> Request:
+        """With some fields of the first pass, or its preset, replaced: what an axis of a grid does. It turns on what
+        was off.
+
+        Raises:
+            ValueError: a name or a value is not known.
+        """
+        preset = preset_name(values["preset"]) if "preset" in values else self.preset
+        config = preset_config(preset) if "preset" in values else self.config
+        rest = {name: value for name, value in values.items() if name != "preset"}
+        if rest:
+            config = _with(config or MergeConfig(), rest)
+        return replace(self, preset=preset, config=config)
+
+
+DISABLED = Request(OFF, None)
+
+
+def preset_name(value: Any, saved: Mapping[str, Any] | None = None) -> str:
+    """A preset as the page names it, from that name or the library's, in any case.
+
+    Raises:
+        ValueError: there is none such.
+    """
+    known = {name.lower(): name for name in (OFF, *PRESETS, CUSTOM, *(saved or {}))}
+    known |= {library: name for name, library in PRESETS.items()} | {"default": "Balanced"}
+    if not isinstance(value, str) or value.strip().lower() not in known:
+        raise ValueError(f"preset is {value!r}; it must be one of {', '.join(dict.fromkeys(known.values()))}")
+    return known[value.strip().lower()]
+
+
+def preset_config(name: str, saved: Mapping[str, Mapping[str, Any]] | None = None) -> MergeConfig | None:
+    """What a preset, as the page names it, stands for; None: off. Custom starts from the default."""
+    if name == OFF:
+        return None
+    if saved and name in saved:
+        return MergeConfig.from_dict(saved[name])
+    return MergeConfig.preset(PRESETS.get(name, "default"))
+
+
+def read_args(args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None = None) -> Request:
+    """A request from script arguments: one dict, or the page's controls in order (the rest takes defaults).
+
+    Raises:
+        ValueError: a key is unknown, or a value is of the wrong type or out of range; one line that names it.
+    """
+    if args and isinstance(args[0], Mapping):
+        return read_dict(args[0], saved)
+    defaults = default_args()
+    if len(args) > len(defaults):
+        raise ValueError(f"there are {len(args)} arguments; at most {len(defaults)} are known")
+    values = [default if value is None else value for value, default in zip(args, defaults, strict=False)]
+    values += defaults[len(values) :]
+    enabled, name = _flag("enabled", values[0]), preset_name(values[1], saved)
+    controls, own = values[2 : 2 + len(FIELDS)], values[2 + len(FIELDS) :]
+    config = preset_config(name, saved)
+    if config is not None:
+        fields = {f.name: f.read(value) for f, value in zip(FIELDS, controls, strict=True)}
+        # Controls that say something else than the preset were set by hand, unless they were left as they come.
+        if any(_differs(fields[f], getattr(MergeConfig(), f)) for f in fields) or name == CUSTOM:
+            chosen = _with(MergeConfig(), fields)
+            if any(f.shown(chosen) != f.shown(config) for f in FIELDS):
+                name, config = CUSTOM, chosen
+    if not enabled:
+        config = None
+    override, hires_name = _flag("hires", own[0]), preset_name(own[1], saved)
+    if not enabled or not override:
+        return Request(name if enabled else OFF, config)
+    hires = preset_config(hires_name, saved)
+    if hires is not None and hires_name == CUSTOM:
+        shown = {f: BY_NAME[f].read(value) for f, value in zip(HIRES, own[2:], strict=True)}
+        hires = _with(config or MergeConfig(), shown)
+    return Request(name, config, False, hires_name, hires)
+
+
+def read_dict(data: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | None = None) -> Request:
+    """A request from a caller's dict: ``{"enabled": true, "preset": "balanced", "ratio": 0.5, "hires": {...}}``.
+
+    Fields replace the preset's. hires is such a dict without enabled and hires; its fields replace those of its preset
+    or, without one, of the first pass. Missing keys take defaults; enabled is then true.
+    """
+    for key in data:
+        if key not in KEYS:
+            raise ValueError(f"there is no argument {key!r}; there are {', '.join(KEYS)}")
+    if not _flag("enabled", data.get("enabled", True)):
+        return DISABLED
+    name, config = _section(data, saved, "Balanced", None)
+    hires = data.get("hires")
+    if hires is None:
+        return Request(name, config)
+    if isinstance(hires, str):
+        hires = {"preset": hires}
+    if not isinstance(hires, Mapping):
+        raise ValueError(f"hires is {hires!r}; it must be an object with a preset or fields, or null")
+    for key in hires:
+        if key not in KEYS or key in ("enabled", "hires"):
+            raise ValueError(f"hires has no argument {key!r}; it has {', '.join(('preset', *BY_NAME))}")
+    hires_name, second = _section(hires, saved, CUSTOM, config)
+    return Request(name, config, False, hires_name, second)
+
+
+def default_args() -> list[Any]:
+    """The page's controls in order, as they come: enabled, preset, the table's fields, then the hires override."""
+    config = MergeConfig()
+    hires = [BY_NAME[name].shown(config) for name in HIRES]
+    return [False, "Balanced", *(field.shown(config) for field in FIELDS), False, "Fast", *hires]
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a caller's dict."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for field in FIELDS:
+        if field.kind in ("number", "whole"):
+            entry: dict[str, Any] = {"type": "number" if field.kind == "number" else "integer"}
+            entry |= {"minimum": field.low, "maximum": field.high}
+        elif field.kind == "threshold":
+            entry = {"type": ["number", "null"], "minimum": -1, "maximum": 1}
+        elif field.kind == "flag":
+            entry = {"type": "boolean"}
+        elif field.kind == "choice":
+            entry = {"type": "string", "enum": list(field.choices)}
+        elif field.kind == "choices":
+            entry = {"type": "array", "items": {"enum": list(field.choices)}, "minItems": 1}
+        else:
+            entry = {"type": ["string", "object"], "examples": list(field.choices)}
+        shown = field.shown(MergeConfig())
+        kinds[field.name] = {**entry, "title": field.label, "description": field.info, "default": shown}
+    preset = {"type": "string", "examples": [OFF, *PRESETS, CUSTOM]}
+    hires = {"type": "object", "additionalProperties": False, "properties": {"preset": preset, **kinds}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "enabled": {"type": "boolean", "default": True},
+            "preset": {**preset, "default": "Balanced"},
+            **kinds,
+            "hires": {"anyOf": [hires, {"type": "string"}, {"type": "null"}]},
+        },
+    }
+
+
+def _section(
+    data: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | None, default: str, base: MergeConfig | None
+) -> tuple[str, MergeConfig | None]:
+    given = data.get("preset")
+    name = default if given is None else preset_name(given, saved)
+    config = preset_config(name, saved)
+    if given is None and base is not None:
+        config = base
+    fields = {key: value for key, value in data.items() if key in BY_NAME and (value is not None or key == "threshold")}
+    if fields and config is not None:
+        config = _with(config, fields)
+    return name, config
+
+
+def _with(config: MergeConfig, values: Mapping[str, Any]) -> MergeConfig:
+    for name in values:
+        if name not in BY_NAME:
+            raise ValueError(f"there is no field {name!r}; there are {', '.join(BY_NAME)}")
+    read = {name: BY_NAME[name].read(value) for name, value in values.items()}
+    return config.with_(**read)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def _differs(a: Any, b: Any) -> bool:
+    return bool(a != b)

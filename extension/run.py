@@ -1,0 +1,216 @@
+"""When the library merges: between the host's hooks, a pass at a time. Nothing outlives a run but its record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.a1111 import A1111Pass
+from tome_sampler.hosts.forge import ForgePass
+from tome_sampler.matching import global_match, grid_dst
+from tome_sampler.pairing import Pairing
+from tome_sampler.session import MergeSession
+
+from . import infotext
+from .record import PassRecord, RunRecord
+from .request import DISABLED, Request, read_args
+
+log = logging.getLogger("tome_sampler")
+AXES = "tome_sampler_axes"  # attribute of p: fields that a grid's cell replaces
+
+
+class Run:
+    """The run under way, of which there is one at most: hosts serialise their requests."""
+
+    def __init__(self) -> None:
+        self.record = RunRecord()
+        self._request: Request = DISABLED
+        self._at_work: A1111Pass | ForgePass | None = None
+        self._said: set[str] = set()
+        self._keep_maps = True
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a pass is being merged."""
+        return self._at_work is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run under way was asked to merge."""
+        return self._request.on
+
+    def prepare(self, p: Any, args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None) -> None:
+        """``process``: read what is asked for, and write it into the picture's parameters.
+
+        A request that cannot be understood stops the generation with a readable error: an unmerged picture would
+        look like a merged one.
+        """
+        self.abort()
+        self._request, self._said = DISABLED, set()
+        # a grid's cells share the dict, so what another cell wrote is taken out and the dict is not changed
+        p.extra_generation_params = {
+            k: v for k, v in p.extra_generation_params.items() if k != infotext.KEY and not k.startswith("ToMe ")
+        }
+        try:
+            request = read_args(args, saved)
+            axes = getattr(p, AXES, None)
+            if axes:
+                request = request.with_fields(axes)
+        except ValueError as error:
+            _refuse(p, f"{infotext.KEY}: {error}")
+            return
+        self._request = request
+        if request.on:
+            self.record = RunRecord(preset=request.preset)
+            p.extra_generation_params.update(infotext.written(request, saved))
+
+    def begin_pass(
+        self, p: Any, latent: torch.Tensor, obstacle: str | None, least: int = 0, keep_maps: bool = True
+    ) -> None:
+        """``process_before_every_sampling``: a pass over `latent` (images c h w) starts.
+
+        Args:
+            obstacle: why merging should stand aside in this pass, or None.
+            least: layers with fewer tokens are left alone, whatever the request says.
+            keep_maps: record where merging happened.
+        """
+        self.end_pass()
+        is_hires = bool(getattr(p, "is_hr_pass", False))
+        config = self._request.of_pass(is_hires)
+        if config is None:
+            return
+        if obstacle is None:
+            obstacle = _unable(latent.device)
+        if obstacle is not None:
+            self._aside(p, obstacle)
+            return
+        config = config.with_(min_tokens=max(config.min_tokens, least))
+        try:
+            self._take_up(p, config, latent, is_hires)
+            self._keep_maps = keep_maps
+        except ValueError as error:  # nothing in the model matches
+            self._aside(p, str(error))
+        except Exception as error:
+            self.failed(error)
+
+    def _take_up(self, p: Any, config: MergeConfig, latent: torch.Tensor, is_hires: bool) -> None:
+        forge = getattr(p.sd_model, "forge_objects", None)
+        if forge is not None:
+            work: A1111Pass | ForgePass = ForgePass(config, latent, self.failed)
+            forge.unet = work.patched(forge.unet)
+        else:
+            unet = _unet_of(p.sd_model)
+            if not any(name.rsplit(".", 1)[-1] == "attn1" for name, _ in unet.named_modules()):
+                raise ValueError(f"{type(unet).__name__} has no attention layers that could be merged")
+            work = A1111Pass(config, self.failed)
+        passes = self.record.passes
+        if passes and passes[-1].hires == is_hires and passes[-1].stats is not None and not passes[-1].stats["steps"]:
+            passes.pop()  # Forge asks twice before a hires pass
+        session = work.session or MergeSession(config)
+        self._at_work = work
+        passes.append(PassRecord(is_hires, session, config.to_dict()))
+
+    def before_call(self, params: Any, sd_model: Any) -> None:
+        """``on_cfg_denoiser``."""
+        work = self._at_work
+        if isinstance(work, A1111Pass):
+            try:
+                work.cfg_denoiser(params, _unet_of(sd_model), getattr(sd_model, "alphas_cumprod", None))
+            except Exception as error:
+                self.failed(error)
+
+    def after_call(self, params: Any) -> None:
+        """``on_cfg_denoised``, which Forge does not call."""
+        work = self._at_work
+        if isinstance(work, A1111Pass):
+            try:
+                self._look(work)
+                work.cfg_denoised(params)
+            except Exception as error:
+                self.failed(error)
+
+    def after_guidance(self) -> None:
+        """``on_cfg_after_cfg``."""
+        work = self._at_work
+        if isinstance(work, ForgePass):
+            self._look(work)
+
+    def _look(self, work: A1111Pass | ForgePass) -> None:
+        session = work.session
+        if self._keep_maps and session is not None and self.record.passes:
+            self.record.passes[-1].look(session)
+
+    def end_pass(self) -> None:
+        """Take everything off the model, and read what was measured."""
+        work, self._at_work = self._at_work, None
+        if work is None:
+            return
+        work.close()
+        try:
+            self.record.passes[-1].finish(work.sessions)
+        except Exception as error:
+            self.failed(error)
+
+    def abort(self) -> None:
+        """Whatever an exception, an interrupt or a failed cell left at work."""
+        self.end_pass()
+
+    def failed(self, error: Exception) -> None:
+        """An error of ours: go on unmerged, and say so once."""
+        text = f"{type(error).__name__}: {error}"
+        for session in self._at_work.sessions if self._at_work is not None else ():
+            session.suspended = True  # hooks come off at the end of the pass: we may be inside one
+        if not self.record.error:
+            self.record.error = text
+            log.warning("token merging failed, sampling goes on without it: %s", text, exc_info=error)
+
+    def _aside(self, p: Any, reason: str) -> None:
+        self.record.aside = reason
+        for key in [k for k in p.extra_generation_params if k.startswith("ToMe ")]:
+            del p.extra_generation_params[key]
+        p.extra_generation_params.update(infotext.stood_aside(reason))
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("token merging stands aside: %s", reason)
+
+
+def _unet_of(sd_model: Any) -> Any:
+    """AUTOMATIC1111's U-Net, looked up anew each time: checkpoints and refiners replace it."""
+    unet = getattr(getattr(sd_model, "model", None), "diffusion_model", None)
+    if not isinstance(unet, torch.nn.Module):
+        raise ValueError(f"{type(sd_model).__name__} has no U-Net with attention that could be merged")
+    return unet
+
+
+def _refuse(p: Any, message: str) -> None:
+    """Make the generation end with `message`: errors in a script's own hooks are swallowed by the hosts."""
+
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        if getattr(p, "is_api", False):
+            from fastapi.exceptions import HTTPException
+
+            raise HTTPException(status_code=422, detail=message)
+        raise ValueError(message)
+
+    p.sample = sample
+
+
+_ABLE: dict[str, str | None] = {}
+
+
+def _unable(device: torch.device) -> str | None:
+    """Why this kind of device cannot merge, or None; tried once, on a handful of tokens."""
+    if device.type not in _ABLE:
+        try:
+            x = torch.linspace(0, 1, 32, device=device).view(1, 16, 2)
+            _, target = global_match(x, grid_dst((4, 4), 2, device, None))
+            pairing = Pairing.from_target(target, 4)
+            assert torch.isfinite(pairing.unmerge(pairing.merge(x))).all()
+            _ABLE[device.type] = None
+        except Exception as error:
+            _ABLE[device.type] = f"this device ({device}) cannot do it: {type(error).__name__}: {error}"
+    return _ABLE[device.type]

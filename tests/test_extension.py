@@ -1,0 +1,402 @@
+"""The extension in a stand-in for its hosts, with small real U-Nets."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from webui import A1111, Forge, Host, Interrupted, clean_modules
+
+ON = {"enabled": True, "preset": "tomesd"}
+FAST = {"enabled": True, "preset": "balanced", "ratio": 0.5, "threshold": None, "min_tokens": 0}
+
+
+@pytest.fixture(params=["a1111", "forge"])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    """Each of the two hosts with the extension loaded."""
+    with clean_modules():
+        found: Host = A1111() if request.param == "a1111" else Forge()
+        found.install(tmp_path)
+        found.load()
+        yield found
+
+
+@pytest.fixture
+def a1111(tmp_path: Path) -> Iterator[A1111]:
+    with clean_modules():
+        found = A1111()
+        found.install(tmp_path)
+        found.load()
+        yield found
+
+
+@pytest.fixture
+def forge(tmp_path: Path) -> Iterator[Forge]:
+    with clean_modules():
+        found = Forge()
+        found.install(tmp_path)
+        found.load()
+        yield found
+
+
+def unet_of(host: Host) -> nn.Module:
+    model = host.shared.sd_model
+    unet: nn.Module = host.clean.model.diffusion_model if isinstance(host, Forge) else model.model.diffusion_model
+    return unet
+
+
+def hooks_on(module: nn.Module) -> int:
+    return sum(
+        len(getattr(part, name)) for part in module.modules() for name in ("_forward_hooks", "_forward_pre_hooks")
+    )
+
+
+def last(host: Host) -> dict[str, Any]:
+    return host.app.run.record.to_dict()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def test_off_and_ratio_zero_are_the_plain_picture_bit_for_bit(host: Host) -> None:
+    plain, params = host.generate([])
+    assert params == {}
+    for args in ([False], [{"enabled": False}], [True, "Off"], [{**FAST, "ratio": 0}]):
+        picture, _ = host.generate(args)
+        assert same(plain, picture), args
+    assert not host.errors
+
+
+def test_on_merges_reproducibly_and_writes_the_infotext(host: Host) -> None:
+    plain, _ = host.generate([])
+    merged, params = host.generate([FAST])
+    assert not same(plain, merged)
+    assert same(merged, host.generate([FAST])[0])
+    assert params["ToMe Sampler"] == "Balanced"
+    assert params["ToMe threshold"] == "off"
+    found = last(host)
+    assert found["stood_aside"] is None
+    assert found["passes"][0]["statistics"]["merged_fraction"] == pytest.approx(0.5)
+    assert found["passes"][0]["statistics"]["importance_merged"] is not None
+    assert hooks_on(unet_of(host)) == 0
+    assert same(plain, host.generate([])[0])
+    assert not host.errors
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch(host: Host) -> None:
+    args = [{**FAST, "threshold": 0.5, "floor": 0.2}]
+    pair, _ = host.generate(args, batch_size=2)
+    alone, _ = host.generate(args)
+    torch.testing.assert_close(pair[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Heun", "Restart"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_samplers_batches_and_several_conds(host: Host, sampler: str, batch: int) -> None:
+    for conds in (1, 2):
+        host.generate([FAST], sampler=sampler, batch_size=batch, conds=conds, n_iter=2)
+        statistics = last(host)["passes"]
+        assert len(statistics) == 2
+        assert all(p["statistics"]["merged_fraction"] == pytest.approx(0.5) for p in statistics)
+    assert not host.errors
+
+
+def test_hires_has_its_own_settings_and_a_pass_of_its_own(host: Host) -> None:
+    _, params = host.generate([{**FAST, "hires": {"ratio": 0.25}}], enable_hr=True)
+    first, second = last(host)["passes"]
+    assert (first["hires"], second["hires"]) == (False, True)
+    assert first["statistics"]["merged_fraction"] == pytest.approx(0.5)
+    assert second["statistics"]["merged_fraction"] == pytest.approx(0.25)
+    assert params["ToMe hires ratio"] == "0.25"
+    host.generate([{**FAST, "hires": "off"}], enable_hr=True)
+    assert [p["hires"] for p in last(host)["passes"]] == [False]
+    host.generate([{"preset": "off", "hires": {"preset": "fast", "min_tokens": 0}}], enable_hr=True)
+    assert [p["hires"] for p in last(host)["passes"]] == [True]
+    assert not host.errors
+
+
+def test_a1111_row_layouts(a1111: A1111) -> None:
+    def fraction() -> float:
+        return float(last(a1111)["passes"][0]["statistics"]["merged_fraction"])
+
+    whole, _ = a1111.generate([FAST], batch_size=2)
+    a1111.batch_cond_uncond = False
+    parts, _ = a1111.generate([FAST], batch_size=2)
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-3)
+    for settings in ({"lengths_differ": True}, {"conds": 2, "batch_size": 2}, {"conds": 3}, {"edit": True}):
+        a1111.generate([FAST], **settings)
+        assert fraction() == pytest.approx(0.5), settings
+    a1111.batch_cond_uncond = True
+    a1111.generate([FAST], edit=True)
+    assert fraction() == pytest.approx(0.5)
+    a1111.skip_uncond_at = {1, 3}
+    a1111.generate([FAST])
+    assert fraction() == pytest.approx(0.5)
+    a1111.eps_valued = True
+    a1111.skip_uncond_at = set()
+    a1111.generate([FAST])
+    steps = last(a1111)["passes"][0]["statistics"]["steps"]
+    assert steps[0]["sigma"] > 10
+    assert steps[-1]["sigma"] < 0.2
+    assert not a1111.errors
+
+
+def test_a1111_refiner_swaps_the_model_inside_sampling(a1111: A1111) -> None:
+    first, second = a1111.shared.sd_model, a1111.model()
+
+    def swap(call: int) -> None:
+        if call == 2:
+            a1111.modules.shared.sd_model = a1111.shared.sd_model = second
+
+    a1111.model_calls.clear()
+    a1111.fault = swap
+    a1111.generate([FAST])
+    assert last(a1111)["passes"][0]["statistics"]["tokens_before"] > 0
+    assert hooks_on(first.model.diffusion_model) == hooks_on(second.model.diffusion_model) == 0
+    assert not a1111.errors
+
+
+def test_forge_split_calls_and_guidance_off(forge: Forge) -> None:
+    whole, _ = forge.generate([FAST])
+    forge.split = True
+    parts, _ = forge.generate([FAST])
+    assert (whole - parts).abs().mean() < 0.5 * whole.abs().mean()
+    assert last(forge)["passes"][0]["statistics"]["merged_fraction"] == pytest.approx(0.5)
+    forge.generate([FAST], cfg_scale=1.0)
+    statistics = last(forge)["passes"][0]["statistics"]
+    assert statistics["merged_fraction"] == pytest.approx(0.5)
+    assert statistics["importance_merged"] is None
+    assert not forge.errors
+
+
+def test_forge_leaves_attention_that_others_replace_to_them(forge: Forge) -> None:
+    from webui import UnetPatcher, attention_function
+
+    def replace(unet: UnetPatcher) -> None:
+        unet.set_model_attn1_replace(lambda q, k, v, extra: attention_function(q, k, v, extra["n_heads"]), "input", 1)
+
+    forge.later = replace
+    forge.generate([FAST])
+    statistics = last(forge)["passes"][0]["statistics"]
+    assert any("another extension replaces the attention of input block 1" in note for note in statistics["notes"])
+    assert [len(step["layers"]) for step in statistics["steps"]][-1] == 1
+    assert not forge.errors
+
+
+def test_what_we_cannot_merge_we_leave_alone_and_say_so(host: Host) -> None:
+    plain, _ = host.generate([])
+    host.shared.opts.data["token_merging_ratio"] = 0.5
+    picture, params = host.generate([FAST])
+    assert same(plain, picture)
+    assert params == {"ToMe Sampler": "stood aside: " + last(host)["stood_aside"]}
+    assert "host's own token merging" in params["ToMe Sampler"]
+    assert "host's own token merging" in host.app.run.record.summary
+    host.shared.opts.data.clear()
+    if isinstance(host, Forge):
+        host.clean.model.diffusion_model, kept = nn.Conv2d(4, 4, 1), host.clean.model.diffusion_model
+        host.hook("process", _p(host), *host._arguments([FAST]))
+        host.app.run.begin_pass(_p(host), torch.zeros(1, 4, 32, 32), None)
+        assert "nothing to merge" in last(host)["stood_aside"]
+        host.clean.model.diffusion_model = kept
+    else:
+        host.shared.opts.data["hypertile_enable_unet"] = True
+        assert same(plain, host.generate([FAST])[0])
+        assert "Hypertile" in last(host)["stood_aside"]
+        host.shared.opts.data.clear()
+        host.modules.sd_unet.current_unet = object()
+        assert same(plain, host.generate([FAST])[0])
+        assert "alternative U-Net" in last(host)["stood_aside"]
+        host.modules.sd_unet.current_unet = None
+    assert not same(plain, host.generate([FAST])[0])
+    assert not host.errors
+
+
+def _p(host: Host) -> Any:
+    from webui import Processing
+
+    return Processing(host, [FAST])
+
+
+def test_an_error_of_ours_leaves_the_plain_picture_and_is_said_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tome_sampler.session import MergeSession
+
+    plain, _ = host.generate([])
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a fault put in by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeSession, "merge", broken)
+        picture, _ = host.generate([FAST])
+    assert same(plain, picture)
+    assert "a fault put in by the test" in host.app.run.record.summary
+    assert sum("sampling goes on without it" in r.getMessage() for r in caplog.records) == 1
+    assert hooks_on(unet_of(host)) == 0
+    assert not host.errors
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Interrupted])
+def test_nothing_is_left_after_an_exception_or_an_interrupt(host: Host, kind: type[BaseException]) -> None:
+    plain, _ = host.generate([])
+
+    def fault(call: int) -> None:
+        if call >= 2:
+            raise kind("a fault put in by the test")
+
+    host.model_calls.clear()
+    host.fault = fault
+    if kind is RuntimeError:
+        with pytest.raises(RuntimeError):
+            host.generate([FAST])
+    else:
+        host.generate([FAST])
+    host.fault = None
+    assert hooks_on(unet_of(host)) == 0
+    assert not host.app.run.at_work
+    assert same(plain, host.generate([])[0])
+
+
+def test_grid_cells(host: Host) -> None:
+    assert len({o.label for o in host.grid.axis_options}) == len(host.grid.axis_options) > 20
+    plain, _ = host.generate([])
+    pictures = host.cells([FAST], "[ToMe Sampler] Merge ratio", [0.0, 0.5, 0.25])
+    assert same(plain, pictures[0])
+    assert not same(pictures[1], pictures[2])
+    assert same(pictures[1], host.generate([FAST])[0])
+    off, on = host.cells([False], "[ToMe Sampler] Preset", ["Off", "ToMe-SD"])
+    assert same(plain, off)
+    assert not same(plain, on)
+    with pytest.raises(ValueError, match=r"ratio is 3\.0; it must be a number from 0 to 0\.9375"):
+        host.cells([FAST], "[ToMe Sampler] Merge ratio", [0.5, 3.0])
+
+    def fault(call: int) -> None:
+        raise RuntimeError("a fault put in by the test")
+
+    host.fault = fault
+    assert host.cells([FAST], "[ToMe Sampler] Merge ratio", [0.5]) == []
+    host.fault = None
+    host.errors.clear()
+    assert same(plain, host.generate([])[0])
+    assert hooks_on(unet_of(host)) == 0
+    assert not host.errors
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([{"enabled": True, "ratoi": 0.5}], "there is no argument 'ratoi'"),
+        ([{"enabled": True, "ratio": 0.9}], "ratio is 0.9; it must be a number from 0 to 0.75"),
+        ([{"enabled": "yes"}], "enabled is 'yes'; it must be true or false"),
+        ([{"preset": "best"}], "preset is 'best'; it must be one of Off"),
+        ([True, "Custom", "much"], "ratio is 'much'; it must be a number"),
+        ([{"hires": {"enabled": True}}], "hires has no argument 'enabled'"),
+    ],
+)
+def test_a_bad_request_gets_a_readable_error_and_no_picture(host: Host, args: list[Any], message: str) -> None:
+    pytest.importorskip("fastapi")
+    from fastapi.exceptions import HTTPException
+
+    with pytest.raises(HTTPException) as caught:
+        host.generate(args)
+    assert caught.value.status_code == 422
+    assert message in caught.value.detail
+    with pytest.raises(ValueError, match="ToMe Sampler: "):
+        host.generate(args, is_api=False)
+    assert not host.errors
+
+
+def test_settings_reach_the_run(host: Host) -> None:
+    plain, _ = host.generate([])
+    assert host.shared.opts.data["tome_sampler_min_tokens"] == 0
+    host.shared.opts.data["tome_sampler_min_tokens"] = 16384
+    assert same(plain, host.generate([FAST])[0])
+    host.shared.opts.data["tome_sampler_min_tokens"] = 0
+    host.generate([FAST])
+    assert last(host)["passes"][0]["maps"] > 0
+    host.shared.opts.data["tome_sampler_keep_maps"] = False
+    host.generate([FAST])
+    assert last(host)["passes"][0]["maps"] == 0
+
+
+def test_reload_leaves_nothing_behind(host: Host) -> None:
+    before = {name: len(found) for name, found in host.callbacks.items()}
+    merged, _ = host.generate([FAST])
+    host.load()
+    assert {name: len(found) for name, found in host.callbacks.items()} == before
+    assert same(merged, host.generate([FAST])[0])
+    labels = [o.label for o in host.grid.axis_options]
+    assert len(labels) == len(set(labels))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_another_extensions_package_of_the_same_name_is_left_alone(tmp_path: Path, ours_first: bool) -> None:
+    other = tmp_path / "other"
+    (other / "extension").mkdir(parents=True)
+    (other / "extension" / "__init__.py").write_text("WHOSE = 'theirs'\n")
+
+    def load_other() -> Any:
+        sys.path.insert(0, str(other))
+        try:
+            import extension
+        finally:
+            sys.path.remove(str(other))
+        return extension
+
+    with clean_modules():
+        sys.modules.pop("extension", None)
+        host = A1111()
+        host.install(tmp_path)
+        theirs = None if ours_first else load_other()
+        host.load()
+        theirs = theirs or load_other()
+        assert theirs.WHOSE == "theirs"
+        assert sys.modules["extension"] is theirs
+        assert host.app.__name__ == "tome_sampler_extension.app"
+        assert not same(host.generate([])[0], host.generate([FAST])[0])
+        sys.modules.pop("extension", None)
+
+
+def test_a_thousand_runs_leave_nothing(host: Host) -> None:
+    """Random settings, interrupts, exceptions."""
+    rng = random.Random(0)
+    plain, _ = host.generate([], steps=2, size=(8, 8))
+    tensors = []
+    for n in range(1000):
+        args: dict[str, Any] = {
+            "preset": rng.choice(["quality", "balanced", "fast", "tomesd", "ca_tome", "importance"]),
+            "min_tokens": 0,
+            "start": rng.choice([0, 0.5]),
+            "levels": rng.choice([1, 2]),
+        }
+        at = rng.randrange(2)
+        kind = rng.choice([None, None, RuntimeError, Interrupted])
+
+        def fault(call: int, at: int = at, kind: Any = kind) -> None:
+            if kind is not None and call >= at:
+                raise kind("a fault put in by the test")
+
+        host.model_calls.clear()
+        host.fault = fault
+        try:
+            host.generate([args], steps=2, size=(8, 8), batch_size=rng.choice([1, 2]), conds=rng.choice([1, 2]))
+        except RuntimeError:
+            assert kind is RuntimeError
+        host.fault = None
+        assert not host.app.run.at_work
+        if n in (200, 999):
+            gc.collect()
+            tensors.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert hooks_on(unet_of(host)) == 0
+    assert same(plain, host.generate([], steps=2, size=(8, 8))[0])
+    assert tensors[1] <= tensors[0] + 60
+    assert not host.errors

@@ -1,0 +1,222 @@
+"""What callers and pages send, and what pictures say: the extension's table, requests and infotext, without a host."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tome_sampler.config import PRESETS, MergeConfig
+from tome_sampler.refresh import Always, Checkpoints, Drift, EverySteps, Once, SigmaRatio
+
+NAME = "tome_sampler_extension"
+
+
+def load(part: str) -> Any:
+    """A module of the extension, as its script loads it."""
+    if NAME not in sys.modules:
+        folder = Path(__file__).resolve().parent.parent / "extension"
+        spec = importlib.util.spec_from_file_location(
+            NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[NAME])
+    return importlib.import_module(f"{NAME}.{part}")
+
+
+table, request, infotext, presets = load("fields"), load("request"), load("infotext"), load("presets")
+
+refreshes = st.one_of(
+    st.just(Always()),
+    st.just(Once()),
+    st.builds(SigmaRatio, st.floats(1.01, 50)),
+    st.builds(EverySteps, st.integers(1, 100)),
+    st.builds(Drift, st.floats(0, 2)),
+    st.builds(Checkpoints, st.lists(st.floats(0, 1), max_size=4).map(tuple)),
+)
+configs = st.builds(
+    MergeConfig,
+    ratio=st.floats(0, 0.75),
+    threshold=st.none() | st.floats(0.001, 1),
+    floor=st.floats(0, 0.9375),
+    stride=st.integers(2, 8),
+    destinations=st.sampled_from(["grid", "cell"]),
+    importance=st.floats(0, 2),
+    levels=st.integers(1, 4),
+    modules=st.sampled_from([("attn1",), ("attn1", "ff"), ("attn1", "attn2", "ff")]),
+    refresh=refreshes,
+    start=st.floats(0, 0.5),
+    end=st.floats(0.5, 1),
+    random=st.booleans(),
+    proportional=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+    min_tokens=st.integers(0, 65536),
+)
+
+
+def test_the_table_covers_the_configuration_both_ways() -> None:
+    assert sorted(table.BY_NAME) == sorted(field.name for field in dataclass_fields(MergeConfig))
+    assert (
+        len({field.key for field in table.FIELDS}) == len({field.label for field in table.FIELDS}) == len(table.FIELDS)
+    )
+    for name, config in PRESETS.items():
+        for field in table.FIELDS:
+            value = getattr(config, field.name)
+            assert field.read(field.shown(config)) == value, (name, field.name)
+            assert field.read(field.text(config)) == value, (name, field.name)
+
+
+def test_the_documented_arguments_and_controls_agree() -> None:
+    defaults = request.default_args()
+    assert len(defaults) == 2 + len(table.FIELDS) + 2 + len(table.HIRES)
+    assert request.read_args([True]).config == MergeConfig() == request.read_args([True, *defaults[1:]]).config
+    assert request.read_args([]).on is False
+    assert request.read_args([True, "fast"]).config == MergeConfig.preset("fast")
+    moved = [True, *defaults[1:]]
+    moved[2] = 0.25
+    assert request.read_args(moved).config == MergeConfig(ratio=0.25)
+    assert request.read_args(moved).preset == "Custom"
+    schema = request.schema()
+    assert sorted(schema["properties"]) == sorted(request.KEYS)
+    json.dumps(schema)
+
+
+def test_hires_overrides() -> None:
+    defaults = request.default_args()
+    args = [True, *defaults[1:]]
+    args[2 + len(table.FIELDS)] = True
+    found = request.read_args(args)
+    assert found.of_pass(False) == MergeConfig()
+    assert found.of_pass(True) == MergeConfig.preset("fast")
+    args[3 + len(table.FIELDS) :] = ["Custom", 0.9, 4, 0.0, 2]
+    hires = request.read_args(args).of_pass(True)
+    assert (hires.ratio, hires.stride, hires.threshold, hires.levels) == (0.9, 4, None, 2)
+    found = request.read_dict({"preset": "quality", "hires": {"ratio": 0.4}})
+    assert found.of_pass(True) == MergeConfig.preset("quality", ratio=0.4)
+    assert request.read_dict({"hires": "off"}).of_pass(True) is None
+
+
+@given(config=configs, hires=st.none() | configs, name=st.sampled_from(["Balanced", "Fast", "Custom"]))
+@settings(max_examples=300)
+def test_the_infotext_round_trips(config: MergeConfig, hires: MergeConfig | None, name: str) -> None:
+    asked = request.Request(name, config, hires is None, "Custom", hires)
+    written = infotext.written(asked)
+    assert written["ToMe Sampler"] == name
+    params = json.loads(json.dumps(written))
+    values = infotext.control_values(params)
+    read = request.read_args(values)
+    for field in table.FIELDS:
+        told, wanted = getattr(read.config, field.name), getattr(config, field.name)
+        assert told == pytest.approx(wanted) if isinstance(wanted, float) else same_refresh(told, wanted), field.name
+    assert read.same == (hires is None)
+    if hires is not None:
+        for hires_name in table.HIRES:
+            wanted = getattr(hires, hires_name)
+            told = getattr(read.hires, hires_name)
+            assert told == (wanted if wanted is None else pytest.approx(wanted)), hires_name
+
+
+def same_refresh(a: Any, b: Any) -> bool:
+    if type(a) is not type(b) or not hasattr(a, "to_dict"):
+        return bool(a == b)
+    x, y = a.to_dict(), b.to_dict()
+    return all(x[k] == (pytest.approx(y[k]) if k != "kind" else y[k]) for k in y)
+
+
+def test_the_infotext_is_compact_and_says_nothing_when_off() -> None:
+    assert infotext.written(request.read_args([])) == {}
+    assert infotext.written(request.read_args([True])) == {"ToMe Sampler": "Balanced"}
+    assert infotext.written(request.read_dict({"preset": "fast", "ratio": 0.8})) == {
+        "ToMe Sampler": "Fast",
+        "ToMe ratio": "0.8",
+    }
+    for nothing in ({}, {"ToMe Sampler": "stood aside: because"}):
+        assert infotext.control_values(nothing) == request.default_args()
+    broken = {"ToMe Sampler": "Balanced", "ToMe ratio": "a lot"}
+    assert infotext.control_values(broken)[1] == "Balanced"
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+keys = st.sampled_from([*request.KEYS, "ratoi", "Ratio"])
+likely = st.one_of(
+    junk,
+    st.floats(-1, 2),
+    st.integers(-1, 8),
+    st.sampled_from(
+        ["Balanced", "fast", "off", "grid", "pool", "row", "attn1", "once", "sigma ratio 2", "drift 9", "0.5"]
+    ),
+    st.lists(st.sampled_from(["attn1", "attn2", "ff", "x"]), max_size=3),
+    st.fixed_dictionaries({"kind": st.sampled_from(["once", "drift", "x"]), "tolerance": junk}),
+)
+payloads = st.one_of(
+    st.lists(likely, max_size=40),
+    st.dictionaries(keys, likely, max_size=8).map(lambda d: [d]),
+    st.builds(
+        lambda d, h: [{**d, "hires": h}], st.dictionaries(keys, likely, max_size=4), st.dictionaries(keys, likely)
+    ),
+)
+
+
+@given(payload=payloads)
+@settings(max_examples=10_000)
+def test_ten_thousand_payloads_end_in_a_request_or_a_readable_error(payload: list[Any]) -> None:
+    message = None
+    try:
+        found = request.read_args(payload)
+    except ValueError as error:  # and no other kind
+        message = str(error)
+    if message is not None:
+        assert message
+        assert "\n" not in message
+        return
+    for config in (found.config, found.hires):
+        assert config is None or MergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    infotext.written(found)
+
+
+def test_presets_of_the_users_own(tmp_path: Path) -> None:
+    store = presets.Presets(tmp_path / "deep" / "presets.json")
+    assert store.all() == {}
+    config = MergeConfig(ratio=0.3, refresh=Drift(0.1))
+    store.save("mine", config)
+    assert request.read_dict({"preset": "mine"}, store.saved()).config == config
+    assert (
+        infotext.written(request.read_dict({"preset": "mine"}, store.saved()), store.saved())["ToMe Sampler"]
+        == "Custom"
+    )
+    store.rename("mine", "ours")
+    assert store.names() == ["ours"]
+    text = store.exported()
+    store.delete("ours")
+    assert store.load(text) == ["ours"]
+    for action, message in (
+        (lambda: store.save("Fast", config), "built-in"),
+        (lambda: store.save(" ", config), "printable characters"),
+        (lambda: store.rename("none", "x"), "no preset 'none'"),
+        (lambda: store.delete("none"), "no preset 'none'"),
+        (lambda: store.load("{"), "not JSON"),
+        (lambda: store.load('{"a": {"ratio": 7}}'), "ratio is 7"),
+        (lambda: store.load('{"a": 1}'), "must be an object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            action()
+    assert store.names() == ["ours"]
+    store.path.write_text("broken")
+    assert store.saved() == {}
+    with pytest.raises(ValueError, match="not JSON"):
+        store.save("other", config)
+    assert store.path.read_text() == "broken"

@@ -1,0 +1,135 @@
+"""AUTOMATIC1111: one sampling pass, told of by its CFG callbacks and merged by hooks on the U-Net.
+
+Nothing here imports the webui: the callbacks' parameter objects are taken as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.modules import attach
+from tome_sampler.session import MergeSession, ModelCall
+
+
+class A1111Pass:
+    """Merging in one sampling pass. `session` is the current one, `sessions` all: a refiner gets one of its own.
+
+    Args:
+        config: how to merge.
+        failed: is told of an error of ours; the pass goes on unmerged.
+    """
+
+    def __init__(self, config: MergeConfig, failed: Callable[[Exception], None]) -> None:
+        self.config = config
+        self.sessions: list[MergeSession] = []
+        self._failed = failed
+        self._unet: nn.Module | None = None
+        self._detach: Callable[[], None] | None = None
+        # of the guidance under way: its noise level, latent size, and the rows that the U-Net will be called with
+        self._sigma: float | None = None
+        self._size: tuple[int, int] | None = None
+        self._branches: tuple[str, ...] = ()
+        self._images: tuple[int, ...] = ()
+        self._owners: tuple[int, ...] = ()  # the image of each cond row
+        self._conds = self._next = 0
+
+    @property
+    def session(self) -> MergeSession | None:
+        """The session at work, or None before the first call and after the end."""
+        return self.sessions[-1] if self._detach is not None else None
+
+    def cfg_denoiser(self, params: Any, unet: nn.Module, alphas_cumprod: Tensor | None) -> None:
+        """``on_cfg_denoiser``: guidance is about to call `unet`, in one call or several.
+
+        Args:
+            params: the callback's; x is (rows c h w), conds first, image by image, then unconds.
+            alphas_cumprod: of the model; for samplers whose callbacks tell timesteps (DDIM, PLMS, UniPC).
+
+        Raises:
+            ValueError: the U-Net has no attention to merge.
+        """
+        self._forget_call()
+        inner = params.denoiser.inner_model
+        sigmas = getattr(inner, "sigmas", None)
+        table = sigmas if isinstance(sigmas, Tensor) else None
+        if table is None and alphas_cumprod is not None:
+            table = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        if unet is not self._unet:
+            self._take(unet, table)
+        time = float(params.sigma.max())
+        if sigmas is None:
+            time = float(table[min(round(time), len(table) - 1)]) if table is not None else time + 1
+        conds, images = int(params.text_cond.shape[0]), int(params.text_uncond.shape[0])
+        self._sigma = time
+        self._size = (int(params.x.shape[-2]), int(params.x.shape[-1]))
+        owners = _owners(params.x, conds, images)
+        unconds = params.x.shape[0] - conds  # twice the images for InstructPix2Pix
+        if owners is not None and unconds % images == 0:
+            self._images = owners + tuple(range(images)) * (unconds // images)
+            self._branches = ("cond",) * conds + ("uncond",) * unconds
+            self._conds, self._owners = conds, owners
+
+    def cfg_denoised(self, params: Any) -> None:
+        """``on_cfg_denoised``: what the U-Net made of the rows. Without uncond rows in them there is no importance."""
+        if self.session is None or self._next < len(self._branches) or not self._conds:
+            return
+        uncond = params.x[-(max(self._owners) + 1) :]
+        cond = params.x[: self._conds]
+        if self._conds != uncond.shape[0]:  # several conds an image: their mean
+            index = torch.tensor(self._owners, device=cond.device)
+            count = torch.bincount(index).clamp(min=1).to(cond.dtype)
+            cond = torch.zeros_like(uncond).index_add_(0, index, cond) / count.view(-1, 1, 1, 1)
+        self.session.observe(cond, uncond)
+
+    def close(self) -> None:
+        """Take everything off the model; statistics stay."""
+        if self._detach is not None:
+            self._detach()
+        self._detach = self._unet = None
+        self._forget_call()
+
+    def _take(self, unet: nn.Module, table: Tensor | None) -> None:
+        self.close()
+        session = MergeSession(self.config, restarts=True)
+        if table is not None:
+            session.know_table(sorted(table.flatten().tolist(), reverse=True))
+        self._detach = attach(unet, session, self._describe, self._fail)
+        self._unet = unet
+        self.sessions.append(session)
+
+    def _fail(self, error: Exception) -> None:
+        for session in self.sessions:
+            session.suspended = True
+        self._failed(error)
+
+    def _describe(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        """The next rows of what guidance told of. A tile, or a call that guidance knows nothing of, passes through."""
+        x = args[0] if args else kwargs.get("x")
+        first = self._next
+        if isinstance(x, Tensor) and tuple(x.shape[-2:]) == self._size and first + x.shape[0] <= len(self._branches):
+            self._next += x.shape[0]
+            rows = slice(first, self._next)
+            return ModelCall(self._sigma, self._size, self._branches[rows], self._images[rows])
+        return ModelCall(None, self._size, (), ())
+
+    def _forget_call(self) -> None:
+        self._sigma, self._size = None, None
+        self._branches, self._images, self._owners = (), (), ()
+        self._conds = self._next = 0
+
+
+def _owners(x: Tensor, conds: int, images: int) -> tuple[int, ...] | None:
+    """The image of each cond row. With AND an image has several; each row is a copy of its image's latent."""
+    if conds == images:
+        return tuple(range(images))
+    if images == 1:
+        return (0,) * conds
+    own = x[-images:]
+    same = (x[:conds, None] == own[None]).flatten(2).all(2).tolist()
+    owners: Sequence[int] = [row.index(True) if True in row else -1 for row in same]
+    return None if -1 in owners else tuple(owners)

@@ -1,0 +1,192 @@
+"""Forge and its relatives: patches on a clone of the model patcher, for one sampling pass.
+
+Patches are closures over the pass: a patcher that is cloned again deep-copies bound methods and callable objects, but
+leaves functions alone. Nothing is undone: the host drops the clone at the next pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tome_sampler.attention import proportional_attention
+from tome_sampler.config import MergeConfig
+from tome_sampler.pairing import Pairing
+from tome_sampler.session import Layer, MergeSession, ModelCall
+
+_STAGES = ("input", "middle", "output")
+_GRID = "tome_sampler_grid"
+_ATTENTION = (  # where the hosts keep the attention kernel that they have chosen
+    ("backend.attention", "attention_function"),
+    ("ldm_patched.ldm.modules.attention", "optimized_attention"),
+)
+
+
+class ForgePass:
+    """Merging in one sampling pass.
+
+    Args:
+        config: how to merge; of the modules only "attn1" can be.
+        latent: the latent that will be sampled (images c h w); calls of another size, such as tiles, pass through.
+        failed: is told of an error of ours; the pass goes on unmerged.
+    """
+
+    def __init__(self, config: MergeConfig, latent: Tensor, failed: Callable[[Exception], None]) -> None:
+        self.session = MergeSession(config, restarts=True)
+        self.sessions = [self.session]
+        self._images, self._size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
+        self._failed = failed
+        self._place: tuple[int, ...] = ()
+        self._open: tuple[Pairing, bool] | None = None
+        self._reached = False
+        self._uncond = False  # whether an uncond row has run in this step
+        self._foreign: set[tuple[str, int]] = set()  # blocks whose attention another extension replaces
+
+    def patched(self, unet: Any) -> Any:
+        """A clone of the host's ``UnetPatcher`` that merges; `unet` itself is left as it was.
+
+        Raises:
+            ValueError: the model has no attention to merge.
+        """
+        model = getattr(unet.model, "diffusion_model", None)
+        names = [name for name, _ in model.named_modules()] if isinstance(model, nn.Module) else []
+        if not any(name.rsplit(".", 1)[-1] == "attn1" for name in names):
+            raise ValueError(
+                f"{type(model).__name__} has nothing to merge: no module in it has an attention layer named 'attn1'"
+            )
+        sampling = getattr(unet.model, "predictor", None) or getattr(unet.model, "model_sampling", None)
+        sigmas = getattr(sampling, "sigmas", None)
+        if isinstance(sigmas, Tensor):
+            self.session.know_table(sorted(sigmas.flatten().tolist(), reverse=True))
+        unet = unet.clone()
+        replaced = unet.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
+        self._foreign |= {(key[0], key[1]) for key in replaced}
+        if hasattr(unet, "add_block_inner_modifier"):
+            unet.add_block_inner_modifier(_grid_of_layer)
+        unet.set_model_attn1_patch(lambda n, context, value, extra: self._merge(n, context, value, extra))
+        unet.set_model_attn1_output_patch(lambda n, extra: self._unmerge(n, extra))
+        unet.set_model_sampler_post_cfg_function(lambda args: self._observe(args))
+        attention = _host_attention()
+        if attention is not None:
+            for key in _blocks(model):
+                if key not in self._foreign:
+                    unet.set_model_attn1_replace(
+                        lambda q, k, v, extra: self._attend(q, k, v, extra, attention), key[0], key[1]
+                    )
+        else:
+            self.session.note("this host's attention was not found: merged keys count once each")
+        return unet
+
+    def close(self) -> None:
+        """Stop merging and let go of all tensors; statistics stay."""
+        self.session.suspended = True
+        self._open = None
+        self.session.release()
+
+    def _merge(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+        self._open = None
+        try:
+            block = extra.get("block", ("input", 0))
+            stage, number, inner = block[0], int(block[1]), int(extra.get("block_index", 0))
+            if stage not in _STAGES or context is not n or (stage, number) in self._foreign:
+                return n, context, value
+            place = (_STAGES.index(stage), number, inner)
+            if place <= self._place or self.session.current is None:
+                self._begin(extra)
+            self._place = place
+            layer = Layer(f"{stage}.{number}.{inner}.attn1", place[0] << 16 | number << 8 | inner)
+            pairing = self.session.merge(layer, n, grid=_grid(extra))
+            if pairing is None:
+                return n, context, value
+            merged = pairing.merge(n)
+        except Exception as error:
+            self._fail(error)
+            return n, context, value
+        self._open, self._reached = (pairing, self.session.config.proportional or pairing.padded), False
+        return merged, merged, merged
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], attention: Callable[..., Tensor]) -> Any:
+        heads = extra["n_heads"]
+        self._reached = True
+        if self._open is None or not self._open[1] or k.shape[1] != self._open[0].size.shape[1]:
+            return attention(q, k, v, heads, mask=None)
+        pairing = self._open[0]
+        q, k, v = (rearrange(x, "b m (h d) -> b h m d", h=heads) for x in (q, k, v))
+        with proportional_attention(pairing.log_size if self.session.config.proportional else pairing.log_mask):
+            return rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> b m (h d)")
+
+    def _unmerge(self, n: Tensor, extra: dict[str, Any]) -> Tensor:
+        if self._open is None:
+            return n
+        (pairing, counted), self._open = self._open, None
+        if counted and not self._reached:
+            block = extra.get("block", ("input", 0))
+            self._foreign.add((block[0], int(block[1])))
+            self.session.note(f"another extension replaces the attention of {block[0]} block {block[1]}: left to it")
+        return pairing.unmerge(n)
+
+    def _observe(self, args: dict[str, Any]) -> Tensor:
+        """After guidance. Where the uncond did not run, Forge hands over zeros for it, and reForge None."""
+        self._place, seen, self._uncond = (), self._uncond, False
+        self.session.end()
+        cond, uncond = args.get("cond_denoised"), args.get("uncond_denoised")
+        if seen and isinstance(cond, Tensor) and isinstance(uncond, Tensor) and not self.session.suspended:
+            try:
+                self.session.observe(cond, uncond)
+            except Exception as error:
+                self._fail(error)
+        denoised: Tensor = args["denoised"]
+        return denoised
+
+    def _begin(self, extra: dict[str, Any]) -> None:
+        """A model call starts: its rows are chunks of all images, in any order of branches."""
+        rows, _, h, w = extra["original_shape"]
+        chunks = [("cond", "uncond")[mark] for mark in extra["cond_or_uncond"]]
+        self._uncond |= "uncond" in chunks
+        call = ModelCall(None, self._size, (), ())
+        if (h, w) == self._size and rows == self._images * len(chunks):
+            call = ModelCall.chunked(float(extra["sigmas"].max()), self._size, chunks, self._images)
+        self.session.begin(call)
+
+    def _fail(self, error: Exception) -> None:
+        self.session.suspended = True
+        self._failed(error)
+
+
+def _grid_of_layer(x: Tensor, when: str, layer: Any, layer_index: int, ts: Any, options: dict[str, Any]) -> Tensor:
+    """Leaves the size of a spatial transformer's input where its attention patches find it."""
+    if when == "before" and x.ndim == 4:
+        options[_GRID] = (x.shape[-2], x.shape[-1])
+    return x
+
+
+def _grid(extra: dict[str, Any]) -> tuple[int, int] | None:
+    if _GRID in extra:
+        return extra[_GRID]  # type: ignore[no-any-return]
+    shape = extra.get("activations_shape")  # reForge
+    return None if shape is None else (int(shape[-2]), int(shape[-1]))
+
+
+def _blocks(model: Any) -> list[tuple[str, int]]:
+    """The (stage, number) of the blocks that have attention, as the hosts name them."""
+    found = []
+    for stage in _STAGES:
+        blocks = getattr(model, f"{stage}_blocks" if stage != "middle" else "middle_block", None)
+        for number, block in enumerate([blocks] if stage == "middle" else list(blocks or ())):
+            if isinstance(block, nn.Module) and any(n.rsplit(".", 1)[-1] == "attn1" for n, _ in block.named_modules()):
+                found.append((stage, number))
+    return found
+
+
+def _host_attention() -> Callable[..., Tensor] | None:
+    for module, name in _ATTENTION:
+        try:
+            return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError):
+            continue
+    return None
