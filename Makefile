@@ -3,13 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-webui check format clean
 
 demo: $(INSTALLED)  ## sample the embedded model plain and merged; pictures and figures in out/demo
 	$(VENV)/bin/tome-sampler demo --out out/demo
 
 test: $(INSTALLED)  ## the whole test suite
 	$(VENV)/bin/python -m pytest
+
+test-webui: $(INSTALLED)  ## drive a running WebUI that has the extension: make test-webui URL=http://127.0.0.1:7860
+	@test -n "$(URL)" || { echo "make test-webui needs URL=http://..., a running WebUI with --api"; exit 2; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[webui-test]'
+	WEBUI_URL=$(URL) $(VENV)/bin/python -m pytest tests/e2e
 
 check: $(INSTALLED)  ## lint, format and types
 	$(VENV)/bin/ruff check .

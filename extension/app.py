@@ -10,6 +10,7 @@ from modules.paths import data_path
 
 from . import api, infotext, settings, tab, ui, xyz
 from .fields import TITLE
+from .maps import KINDS, drawn
 from .obstacles import obstacle
 from .presets import Presets
 from .run import Run
@@ -26,6 +27,7 @@ def register() -> None:
     script_callbacks.on_cfg_denoiser(before_call)
     script_callbacks.on_cfg_denoised(run_after_call)
     script_callbacks.on_cfg_after_cfg(run_after_guidance)
+    script_callbacks.on_image_saved(image_saved)
     script_callbacks.on_after_component(tab.see_component)
     script_callbacks.on_ui_tabs(lambda: tab.tabs(run, presets))
     script_callbacks.on_app_started(lambda demo, app: api.add_routes(app, run, presets))
@@ -48,6 +50,19 @@ def run_after_guidance(params: Any) -> None:
     """``on_cfg_after_cfg``."""
     if run.at_work:
         run.after_guidance()
+
+
+def image_saved(params: Any) -> None:
+    """``on_image_saved``: the maps, which are of a batch's first picture, beside it."""
+    wanted = run.wanted and bool(settings.value("save_overlays", False)) and run.record.passes
+    path = Path(params.filename)
+    if not wanted or getattr(params.p, "batch_index", 0) != 0 or path.name.startswith("grid-"):
+        return
+    maps = run.record.passes[-1].maps
+    for kind in KINDS:
+        image = drawn(maps[-1], params.image, kind) if maps else None
+        if image is not None:
+            image.save(path.with_name(f"{path.stem}-tome-{kind}.png"))
 
 
 def controls(elem_id: Any, is_img2img: bool) -> tuple[list[Any], list[Any], list[str]]:

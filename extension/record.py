@@ -137,6 +137,9 @@ def _joined(found: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("tokens_before", "tokens_after", "pairings_made", "pairings_reused"):
         joined[name] = sum(one[name] for one in found)
     joined["merged_fraction"] = 1 - joined["tokens_after"] / joined["tokens_before"] if joined["tokens_before"] else 0.0
+    for name in ("seconds_matching", "seconds_merging"):
+        spent = [one[name] for one in found if one[name] is not None]
+        joined[name] = sum(spent) if spent else None
     joined["steps"] = [step for one in found for step in one["steps"]]
     joined["notes"] = list(dict.fromkeys(note for one in found for note in one["notes"]))
     return joined

@@ -24,7 +24,7 @@ def add_options() -> None:
         "tome_sampler_keep_maps": info(True, "Keep the last run's importance and merge maps").info(
             "for the tab and the API; a few kilobytes a step, only in memory"
         ),
-        "tome_sampler_save_overlays": info(False, "Save the last step's maps beside each picture").info(
+        "tome_sampler_save_overlays": info(False, "Save the last maps beside the first picture of each batch").info(
             "as <picture>-tome-importance.png and <picture>-tome-groups.png"
         ),
         "tome_sampler_log_level": info("Warning", "Log level", gr.Radio, {"choices": list(LEVELS)}),

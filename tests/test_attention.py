@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
-from tome_sampler import Pairing
-from tome_sampler.attention import Form, proportional_attention
+from tome_sampler import MergeConfig, Pairing, merging
+from tome_sampler.attention import Form, own_attention, proportional_attention
+from tome_sampler.refresh import Always
 
 FORMS: list[Form] = ["mask", "channel"]
 
@@ -159,3 +160,64 @@ def test_the_mode_leaves_nothing_behind_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="inside"), proportional_attention(torch.zeros(1, 3)):
         raise RuntimeError("inside")
     assert _get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
+def test_logits_worked_off_in_slices_of_the_folded_heads_get_their_own_rows_sizes(rows: int) -> None:
+    """As memory-saving attention in the WebUIs does: two heads at a time, or a few, in order."""
+    x, pairing = duplicates()
+    q, heads = torch.randn(2, 5, 16), 4
+    fold = lambda t: heads_of(t, heads).flatten(0, 1)  # noqa: E731
+
+    def sliced(q: Tensor, k: Tensor) -> Tensor:
+        parts = [
+            (a @ b.transpose(1, 2) * 0.5).softmax(dim=-1) @ b
+            for a, b in zip(fold(q).split(rows), fold(k).split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+
+    y = pairing.merge(x)
+    with proportional_attention(pairing.log_size, heads=heads) as mode:
+        merged = [sliced(q, y), sliced(q, y)]  # a second layer call starts over
+    assert mode.used
+    for found in merged:
+        torch.testing.assert_close(found, sliced(q, x), atol=1e-5, rtol=1e-5)
+
+
+class Unreachable(CrossAttention):
+    """Attention whose kernel calls neither function, as xformers' does."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).exp()
+        out = weights / weights.sum(-1, keepdim=True) @ v
+        return self.to_out(out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
+
+
+def test_attention_that_cannot_be_reached_is_computed_by_its_own_projections() -> None:
+    x, _ = duplicates(b=1, groups=16)
+    x = x[:, torch.arange(64) % 48][:, :36]
+    block = nn.Module()
+    block.attn1 = Unreachable(16)
+    config = MergeConfig(
+        ratio=0.6, threshold=0.999, floor=0.0, min_tokens=0, share_branches=False, refresh=Always(), importance=0.0
+    )
+    exact = block.attn1(x)
+    with merging(block, config) as session:
+        first, second = block.attn1(x), block.attn1(x)
+    assert session.stats.to_dict()["merged_fraction"] > 0
+    assert not session.stats.notes
+    torch.testing.assert_close(first, exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(second, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_own_attention_declines_layers_that_are_not_plain() -> None:
+    x, pairing = duplicates()
+    merged = pairing.merge(x)
+    plain = CrossAttention(16)
+    assert own_attention(plain, merged, pairing.log_size) is not None
+    for name, value in (("norm_q", nn.LayerNorm(8)), ("residual_connection", True), ("rescale_output_factor", 2.0)):
+        special = CrossAttention(16)
+        setattr(special, name, value)
+        assert own_attention(special, merged, pairing.log_size) is None
+    assert own_attention(nn.Linear(16, 16), merged, pairing.log_size) is None

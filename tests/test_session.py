@@ -382,7 +382,7 @@ def test_statistics_add_up() -> None:
     stats = session.stats.to_dict()
     assert set(stats) == {
         *("tokens_before", "tokens_after", "merged_fraction", "pairings_made", "pairings_reused"),
-        *("mean_similarity", "importance_merged", "layers", "steps", "notes"),
+        *("mean_similarity", "importance_merged", "layers", "steps", "notes", "seconds_matching", "seconds_merging"),
     }
     assert stats["tokens_before"] == 3 * 3 * 2 * 64
     assert stats["tokens_after"] == stats["tokens_before"] // 2

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 CALLBACKS = [
     *("ui_settings", "before_ui", "infotext_pasted", "cfg_denoiser", "cfg_denoised", "cfg_after_cfg"),
-    *("after_component", "ui_tabs", "app_started", "script_unloaded"),
+    *("after_component", "image_saved", "ui_tabs", "app_started", "script_unloaded"),
 ]
 GRADIO = [
     *("Row", "Group", "Accordion", "HTML", "Dropdown", "Slider", "Checkbox", "CheckboxGroup", "Radio", "Number"),

@@ -6,7 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -89,15 +89,18 @@ class MergeSession:
             exact.
         restarts: the sampler may go back to its first sigma (Restart does): a second run is then not noticed, so this
             is for hosts that make a session for each run.
+        timed: measure how long matching and merging take.
 
     ``stats`` holds what was done. A session serves one run; :meth:`reset` readies it for the next.
     """
 
-    def __init__(self, config: MergeConfig, sigmas: Sequence[float] | None = None, *, restarts: bool = False) -> None:
+    def __init__(
+        self, config: MergeConfig, sigmas: Sequence[float] | None = None, *, restarts: bool = False, timed: bool = False
+    ) -> None:
         self.config = config
         self.suspended = False
         self._sigmas = None if sigmas is None else [float(s) for s in sigmas]
-        self._restarts = restarts
+        self._restarts, self._timed = restarts, timed
         self._table: list[float] | None = None
         self._levels: set[int] = set()  # how coarse they are: of the model, so it outlives runs and sizes
         self.reset()
@@ -199,6 +202,10 @@ class MergeSession:
         self.stats.count(layer.name, n * b, after * b, made)
         return pairing
 
+    def timed(self, part: str, device: torch.device) -> AbstractContextManager[None]:
+        """Within it, time counts for "matching" or "merging", if this session is timed."""
+        return self.stats.timed(part, device) if self._timed else nullcontext()
+
     def note(self, message: str) -> None:
         """Say once, in the log and the statistics, why something was passed through."""
         if message not in self._noted:
@@ -270,7 +277,8 @@ class MergeSession:
         cached = self._cache.get(key)
         made = cached is None or self._due(cached, frozenset(branches))
         if cached is None or made:
-            cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
+            with self.timed("matching", metric.device):
+                cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
             self._cache[key] = cached
         elif cached.similarity is not None and cached.maker == layer.name and cached.branches & set(branches):
             cached.lost = cached.similarity - _similarity(self._take(metric, rows), *cached.sample)

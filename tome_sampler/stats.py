@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_Mark = float | torch.cuda.Event
+_Span = tuple[_Mark, _Mark]
+
+
+def _mark(device: torch.device) -> _Mark:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(first: _Mark, last: _Mark) -> float:
+    if isinstance(first, torch.cuda.Event) and isinstance(last, torch.cuda.Event):
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1000
+    return float(last) - float(first)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -37,6 +57,16 @@ class Stats:
 
     calls: list[CallStats] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, list[_Span]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, part: str, device: torch.device) -> Iterator[None]:
+        """Within it, time counts for "matching" or "merging". On CUDA by events, so that nothing waits."""
+        first = _mark(device)
+        try:
+            yield
+        finally:
+            self.seconds.setdefault(part, []).append((first, _mark(device)))
 
     def begin(self, sigma: float | None) -> None:
         """A model call starts."""
@@ -68,7 +98,8 @@ class Stats:
         tokens_before, tokens_after: summed over batch rows, layers and calls, of the layers on merged levels.
         merged_fraction: 1 - after / before, 0 .. 1. mean_similarity: of merged tokens to their destinations, when
         paired, -1 .. 1, or None. importance_merged: the share of all importance on tokens that were merged away, or
-        None without importance. notes: what was passed through, and why.
+        None without importance. notes: what was passed through, and why. seconds_matching, seconds_merging: spent on
+        making pairs, and on merging and unmerging, or None in a session that is not timed.
         """
         names = dict.fromkeys(name for call in self.calls for name in call.layers)
         return {
@@ -83,7 +114,12 @@ class Stats:
                 for call in self.calls
             ],
             "notes": list(self.notes),
+            **{f"seconds_{part}": self._seconds(part) for part in ("matching", "merging")},
         }
+
+    def _seconds(self, part: str) -> float | None:
+        spans = self.seconds.get(part)
+        return None if spans is None else sum(_elapsed(first, last) for first, last in spans)
 
 
 def _summary(layers: Iterable[LayerStats]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class A1111Pass:
 
     def _take(self, unet: nn.Module, table: Tensor | None) -> None:
         self.close()
-        session = MergeSession(self.config, restarts=True)
+        session = MergeSession(self.config, restarts=True, timed=True)
         if table is not None:
             session.know_table(sorted(table.flatten().tolist(), reverse=True))
         self._detach = attach(unet, session, self._describe, self._fail)

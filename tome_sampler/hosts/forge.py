@@ -37,7 +37,7 @@ class ForgePass:
     """
 
     def __init__(self, config: MergeConfig, latent: Tensor, failed: Callable[[Exception], None]) -> None:
-        self.session = MergeSession(config, restarts=True)
+        self.session = MergeSession(config, restarts=True, timed=True)
         self.sessions = [self.session]
         self._images, self._size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
         self._failed = failed
@@ -103,7 +103,8 @@ class ForgePass:
             pairing = self.session.merge(layer, n, grid=_grid(extra))
             if pairing is None:
                 return n, context, value
-            merged = pairing.merge(n)
+            with self.session.timed("merging", n.device):
+                merged = pairing.merge(n)
         except Exception as error:
             self._fail(error)
             return n, context, value
@@ -128,7 +129,8 @@ class ForgePass:
             block = extra.get("block", ("input", 0))
             self._foreign.add((block[0], int(block[1])))
             self.session.note(f"another extension replaces the attention of {block[0]} block {block[1]}: left to it")
-        return pairing.unmerge(n)
+        with self.session.timed("merging", n.device):
+            return pairing.unmerge(n)
 
     def _observe(self, args: dict[str, Any]) -> Tensor:
         """After guidance. Where the uncond did not run, Forge hands over zeros for it, and reForge None."""

@@ -112,7 +112,8 @@ class _Attachment:
                 pairing = self.session.merge(layer, x, self._block_input.get(block))
                 if pairing is None:
                     return None
-                opened = _Open(pairing, pairing.merge(x), None, None)
+                with self.session.timed("merging", x.device):
+                    opened = _Open(pairing, pairing.merge(x), None, None)
             except Exception as error:
                 if self._failed is None:
                     raise
@@ -152,7 +153,8 @@ class _Attachment:
             else:
                 self._unreached.add(module)
                 output = own
-        return opened.pairing.unmerge(output)
+        with self.session.timed("merging", output.device):
+            return opened.pairing.unmerge(output)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._abandon()

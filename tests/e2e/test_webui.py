@@ -1,0 +1,466 @@
+"""A running WebUI that has the extension, driven from outside: ``make test-webui URL=http://127.0.0.1:7860``.
+
+Needs ``--api`` on the WebUI, and Chromium. Screenshots are kept in out/webui.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+
+URL = os.environ.get("WEBUI_URL", "").rstrip("/")
+if not URL:
+    pytest.skip("WEBUI_URL names no running WebUI", allow_module_level=True)
+
+import httpx
+import webuiapi
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = ROOT / "out" / "webui"
+STEPS = int(os.environ.get("WEBUI_STEPS", "3"))
+SIZE = 256  # 1024 tokens at SD 1.5's finest level, just enough to be merged
+TITLE = "ToMe Sampler"
+ON = {"preset": "balanced"}
+
+
+def post(path: str, **body: Any) -> httpx.Response:
+    return httpx.post(URL + path, json=body, timeout=900)
+
+
+def get(path: str) -> Any:
+    answer = httpx.get(URL + path, timeout=60)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def is_forge() -> bool:
+    return "forge_preset" in get("/sdapi/v1/options")
+
+
+def generate(args: Any = None, kind: str = "txt2img", **settings: Any) -> tuple[list[bytes], str]:
+    """Pixels of the pictures, and the first one's infotext."""
+    body = {
+        "prompt": "a red fox in the snow",
+        "seed": 7,
+        "steps": STEPS,
+        "width": SIZE,
+        "height": SIZE,
+        "cfg_scale": 5,
+        "sampler_name": "Euler",
+        "do_not_save_samples": True,
+        **settings,
+    }
+    if args is not None:
+        body["alwayson_scripts"] = {TITLE: {"args": args}}
+    answer = post(f"/sdapi/v1/{kind}", **body)
+    assert answer.status_code == 200, answer.text[:500]
+    found = answer.json()
+    pictures = [Image.open(io.BytesIO(base64.b64decode(image))) for image in found["images"]]
+    return [picture.tobytes() for picture in pictures], json.loads(found["info"])["infotexts"][0]
+
+
+def last() -> dict[str, Any]:
+    found: dict[str, Any] = get("/tome-sampler/v1/last")
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[bytes]:
+    """The picture without the extension's doing, made before anything else."""
+    return generate()[0]
+
+
+def test_off_is_the_plain_picture_byte_for_byte(plain: list[bytes]) -> None:
+    for args in ([False], [{"preset": "off"}], [{"ratio": 0.0}]):
+        assert generate(args)[0] == plain, args
+
+
+def test_on_merges_and_repeats_itself(plain: list[bytes]) -> None:
+    merged, text = generate([ON])
+    assert merged != plain
+    assert f"{TITLE}: Balanced" in text
+    statistics = last()["passes"][0]["statistics"]
+    assert statistics["tokens_after"] < statistics["tokens_before"]
+    assert statistics["importance_merged"] is not None
+    assert generate([ON])[0] == merged
+    assert generate()[0] == plain
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch() -> None:
+    # the host itself is not bit-exact here: its own batch of plain pictures says by how much
+    alone, batch = generate()[0][0], generate(batch_size=2)[0]
+    own = difference(alone, batch[-2])
+    merged, together = generate([ON])[0][0], generate([ON], batch_size=2)[0]
+    assert difference(merged, together[-2]) <= own + 1
+    assert together[-1] != together[-2]
+
+
+def difference(a: bytes, b: bytes) -> int:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_sampler_of_the_host(plain: list[bytes]) -> None:
+    failed = []
+    for sampler in (s["name"] for s in get("/sdapi/v1/samplers")):
+        if sampler == "DPM adaptive" and "adaptive" not in os.environ.get("WEBUI_SLOW", ""):
+            continue  # a hundred calls
+        body = {"sampler_name": sampler, "steps": 3}
+        answer = post(
+            "/sdapi/v1/txt2img",
+            prompt="a fox",
+            seed=7,
+            width=SIZE,
+            height=SIZE,
+            cfg_scale=5,
+            do_not_save_samples=True,
+            alwayson_scripts={TITLE: {"args": [ON]}},
+            **body,
+        )
+        found = last()
+        merged = found["passes"][0]["statistics"]["merged_fraction"] if found["passes"] else 0
+        if answer.status_code != 200 or found["error"] or found["stood_aside"] or not merged:
+            failed.append((sampler, answer.status_code, found["summary"]))
+    assert not failed
+    assert generate()[0] == plain
+
+
+def test_hires_fix(plain: list[bytes]) -> None:
+    settings = {
+        "enable_hr": True,
+        "hr_scale": 1.5,
+        "hr_upscaler": "Latent",
+        "denoising_strength": 0.6,
+        "hr_second_pass_steps": 2,
+        "hr_cfg": 5,
+        "hr_additional_modules": ["Use same choices"],
+    }
+    if not is_forge():
+        settings = {k: v for k, v in settings.items() if k not in ("hr_cfg", "hr_additional_modules")}
+    _, text = generate([{**ON, "hires": {"ratio": 0.3}}], **settings)
+    first, second = last()["passes"]
+    assert (first["hires"], second["hires"]) == (False, True)
+    assert second["statistics"]["merged_fraction"] > 0
+    assert "ToMe hires ratio: 0.3" in text
+    assert generate()[0] == plain
+
+
+def test_img2img_and_inpainting() -> None:
+    picture = Image.new("RGB", (SIZE, SIZE), (90, 120, 60))
+    mask = Image.new("L", (SIZE, SIZE), 0)
+    mask.paste(255, (64, 64, 192, 192))
+    settings: dict[str, Any] = {"init_images": [encoded(picture)], "denoising_strength": 0.7, "steps": 5}
+    for more in ({}, {"mask": encoded(mask)}):
+        before = generate(kind="img2img", **settings, **more)[0]
+        merged = generate([ON], kind="img2img", **settings, **more)[0]
+        assert last()["passes"][0]["statistics"]["merged_fraction"] > 0
+        assert merged != before
+        assert generate(kind="img2img", **settings, **more)[0] == before
+
+
+def encoded(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt": "a fox AND the snow :0.5"},
+        {"prompt": "a fox " * 80},
+        {"prompt": "[a fox:the snow:0.5]"},
+        {"cfg_scale": 1},
+        {"n_iter": 2},
+        {"override_settings": {"batch_cond_uncond": False}},
+        {"override_settings": {"s_min_uncond": 3.0}},
+        {"override_settings": {"skip_early_cond": 0.5}},
+    ],
+)
+def test_prompts_and_guidance_of_all_kinds(settings: dict[str, Any]) -> None:
+    if is_forge() and "batch_cond_uncond" in settings.get("override_settings", {}):
+        pytest.skip("Forge decides that by memory")
+    merged, _ = generate([ON], **settings)
+    found = last()
+    assert not found["error"]
+    assert not found["stood_aside"]
+    assert found["passes"][0]["statistics"]["merged_fraction"] > 0
+    assert generate([ON], **settings)[0] == merged
+
+
+def test_the_hosts_own_token_merging_goes_first(plain: list[bytes]) -> None:
+    _, text = generate([ON], override_settings={"token_merging_ratio": 0.5})
+    assert "token merging" in last()["stood_aside"]
+    assert "stood aside" in text
+    # where the host's settings file lacks the key the override sticks, with or without us
+    post("/sdapi/v1/options", token_merging_ratio=0)
+    assert generate()[0] == plain
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [([{"ratoi": 1}], "no argument 'ratoi'"), ([{"ratio": 2}], "ratio is 2"), ([True, "Best"], "preset is 'Best'")],
+)
+def test_what_is_wrong_is_said(args: list[Any], message: str) -> None:
+    answer = post(
+        "/sdapi/v1/txt2img", prompt="x", steps=1, width=64, height=64, alwayson_scripts={TITLE: {"args": args}}
+    )
+    assert answer.status_code == 422
+    assert message in answer.text
+
+
+def test_an_interrupt_leaves_nothing(plain: list[bytes]) -> None:
+    answers: list[httpx.Response] = []
+    body = {"prompt": "a fox", "steps": 60, "width": SIZE, "height": SIZE, "alwayson_scripts": {TITLE: {"args": [ON]}}}
+    thread = threading.Thread(target=lambda: answers.append(post("/sdapi/v1/txt2img", **body)))
+    thread.start()
+    for _ in range(300):
+        if get("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] >= 2:
+            break
+        time.sleep(0.3)
+    post("/sdapi/v1/interrupt")
+    thread.join()
+    assert answers[0].status_code == 200
+    assert len(last()["passes"][0]["statistics"]["steps"]) < 60
+    assert generate()[0] == plain
+
+
+def test_an_exception_in_sampling_leaves_nothing(plain: list[bytes]) -> None:
+    # the second pass has no denoising strength, which the API lets through and sampling does not
+    answer = post(
+        "/sdapi/v1/txt2img",
+        prompt="a fox",
+        seed=7,
+        steps=2,
+        width=SIZE,
+        height=SIZE,
+        enable_hr=True,
+        hr_upscaler="Latent",
+        alwayson_scripts={TITLE: {"args": [ON]}},
+    )
+    assert answer.status_code == 500
+    assert generate()[0] == plain
+
+
+def test_the_infotext_reproduces_the_picture() -> None:
+    if is_forge():
+        pytest.skip("Forge's request field `infotext` is broken")
+    args = [{"preset": "fast", "ratio": 0.8, "threshold": None, "proportional": False, "start": 0.1}]
+    merged, text = generate(args)
+    answer = post("/sdapi/v1/txt2img", infotext=text, do_not_save_samples=True)
+    assert Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))).tobytes() == merged[0]
+    assert last()["passes"][0]["config"]["ratio"] == 0.8
+
+
+def test_a_grid(plain: list[bytes]) -> None:
+    options = get("/sdapi/v1/script-info")
+    grid = next(s for s in options if s["name"] == "x/y/z plot" and not s["is_img2img"])
+    choices = grid["args"][0]["choices"]
+    axis = choices.index("[ToMe Sampler] Merge ratio")
+    args = [axis, "0, 0.5", [], 0, "", [], 0, "", [], False, True, False, False, False, False, False, 0, False]
+    pictures, _ = generate([ON], script_name="x/y/z plot", script_args=args[: len(grid["args"])])
+    assert plain[0] in pictures
+    assert len({p for p in pictures if len(p) == len(plain[0])}) >= 2
+    assert generate()[0] == plain
+
+
+def test_the_documentations_examples(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    url = urlparse(URL)
+    shell = re.findall(r"```bash\n(.*?)```", text, re.S)
+    assert len(shell) == 2
+    for block in shell:
+        done = subprocess.run(
+            ["bash", "-ec", block.replace("http://127.0.0.1:7860", URL)], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "ToMe Sampler: Balanced" in done.stdout or "Last run" in done.stdout
+    assert Image.open(tmp_path / "groups.png").size[0] > 100
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    code = block.replace('"127.0.0.1"', repr(url.hostname)).replace("7860", str(url.port))
+    exec(compile(code, "docs/api.md", "exec"), {"webuiapi": webuiapi})
+    assert last()["preset"] == "Fast"
+
+
+def test_routes() -> None:
+    assert get("/tome-sampler/v1/version")["title"] == TITLE
+    assert "ratio" in get("/tome-sampler/v1/schema")["properties"]
+    assert get("/tome-sampler/v1/presets")["Fast"]["ratio"] == 0.9
+    generate([ON])
+    for kind in ("groups", "importance"):
+        number = len(last()["passes"][0:1]) and last()["passes"][0]["maps"] - 1
+        answer = httpx.get(f"{URL}/tome-sampler/v1/last/overlay/{number}/{kind}", timeout=60)
+        assert answer.headers["content-type"] == "image/png"
+        assert Image.open(io.BytesIO(answer.content)).size[0] > 100
+    for wrong in ("999/groups", "0/other", "-1/groups"):
+        assert httpx.get(f"{URL}/tome-sampler/v1/last/overlay/{wrong}", timeout=60).status_code == 404
+
+
+# -- in the browser
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"),
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+        )
+        found = browser.new_page(viewport={"width": 1400, "height": 1800})
+        found.set_default_timeout(120_000)
+        found.goto(URL)
+        found.wait_for_selector("#txt2img_prompt textarea")
+        # small and quick pictures
+        for name, value in (("width", SIZE), ("height", SIZE), ("steps", STEPS)):
+            field = found.locator(f"#txt2img_{name} input[type=number]")
+            field.fill(str(value))
+            field.press("Tab")
+        found.locator("#txt2img_prompt textarea").fill("a red fox in the snow")
+        yield found
+        browser.close()
+
+
+def shot(page: Page, name: str) -> None:
+    page.screenshot(path=SHOTS / f"{'forge' if is_forge() else 'a1111'}-{name}.png")
+
+
+def press_generate(page: Page) -> None:
+    """Until the host's log line has changed."""
+    before = (
+        page.locator("#html_info_txt2img").first.inner_text() + page.locator("#html_log_txt2img").first.inner_html()
+    )
+    page.locator("#txt2img_generate").click()
+    page.wait_for_function(
+        "before => document.querySelector('#html_info_txt2img').innerText +"
+        " document.querySelector('#html_log_txt2img').innerHTML !== before"
+        " && !document.querySelector('#txt2img_results .progressDiv')",
+        arg=before,
+        timeout=600_000,
+    )
+    time.sleep(1)
+
+
+def open_accordion(page: Page) -> None:
+    accordion = page.locator("#script_txt2img_tome_sampler_enabled")
+    if not page.locator("#script_txt2img_tome_sampler_ratio").is_visible():
+        accordion.locator("> .label-wrap").click()
+    page.locator("#script_txt2img_tome_sampler_ratio").wait_for(state="visible")
+
+
+def test_page_accordion_and_generate(page: Page) -> None:
+    open_accordion(page)
+    shot(page, "accordion")
+    press_generate(page)
+    expect(page.locator("#html_info_txt2img").first).to_contain_text("ToMe Sampler: Balanced")
+    expect(page.locator("#script_txt2img_tome_sampler_status").first).to_contain_text("of the tokens merged")
+    shot(page, "generated")
+
+
+def test_page_a_control_moved_by_hand_makes_the_preset_custom(page: Page) -> None:
+    field = page.locator("#script_txt2img_tome_sampler_ratio input[type=number]")
+    field.fill("0.25")
+    field.press("Tab")
+    expect(page.locator("#script_txt2img_tome_sampler_preset input")).to_have_value("Custom")
+    press_generate(page)
+    expect(page.locator("#html_info_txt2img").first).to_contain_text("ToMe ratio: 0.25")
+
+
+def test_page_a_preset_writes_the_controls(page: Page) -> None:
+    chosen = page.locator("#script_txt2img_tome_sampler_preset input")
+    chosen.click()
+    page.locator("ul.options li", has_text=re.compile(r"Fast\s*$")).first.click()
+    expect(page.locator("#script_txt2img_tome_sampler_ratio input[type=number]")).to_have_value("0.9")
+    expect(page.locator("#script_txt2img_tome_sampler_hint").first).to_contain_text("90%")
+
+
+def test_page_paste(page: Page) -> None:
+    text = page.locator("#txt2img_prompt textarea")
+    text.fill(
+        "a blue fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256, "
+        "ToMe Sampler: Quality, ToMe importance: 0.4, ToMe modules: attn1+ff"
+    )
+    page.locator("#paste").click()
+    expect(page.locator("#script_txt2img_tome_sampler_importance input[type=number]")).to_have_value("0.4")
+    expect(page.locator("#script_txt2img_tome_sampler_preset input")).to_have_value("Quality")
+    expect(text).to_have_value("a blue fox")
+    text.fill("a fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256")
+    page.locator("#paste").click()
+    expect(page.locator("#script_txt2img_tome_sampler_ratio")).not_to_be_visible()
+    open_accordion(page)
+
+
+def test_page_interrupt(page: Page) -> None:
+    steps = page.locator("#txt2img_steps input[type=number]")
+    steps.fill("60")
+    steps.press("Tab")
+    page.locator("#txt2img_generate").click()
+    page.locator("#txt2img_interrupt").wait_for(state="visible")
+    time.sleep(4)
+    page.locator("#txt2img_interrupt").click()
+    page.locator("#txt2img_generate").wait_for(state="visible")
+    steps.fill(str(STEPS))
+    steps.press("Tab")
+    time.sleep(2)
+    press_generate(page)
+
+
+def test_page_tab_and_measure(page: Page) -> None:
+    page.locator("#tabs > .tab-nav button", has_text=TITLE).click()
+    page.locator("#tome_sampler_refresh").click()
+    expect(page.locator("#tome_sampler_summary svg").first).to_be_visible()
+    expect(page.locator("#tome_sampler_map img").first).to_be_visible()
+    shot(page, "last-run")
+    page.get_by_role("tab", name="Measure").click()
+    page.locator("#tome_sampler_measure").click()
+    expect(page.locator("#tome_sampler_measured").first).to_contain_text("%", timeout=120_000)
+    expect(page.locator("#tome_sampler_measured").first).to_contain_text("PSNR", timeout=900_000)
+    slider = page.locator(".tome-sampler-compare input")
+    slider.evaluate("e => { e.value = 20; e.dispatchEvent(new Event('input', {bubbles: true})); }")
+    assert page.locator(".tome-sampler-compare").get_attribute("style") == "--split: 20%;"
+    shot(page, "measure")
+
+
+def test_page_presets(page: Page) -> None:
+    page.get_by_role("tab", name="Presets").click()
+    page.locator("#tome_sampler_own_name textarea, #tome_sampler_own_name input").first.fill("e2e preset")
+    page.locator("#tome_sampler_own_save").click()
+    expect(page.locator("#tome_sampler_own_said").first).to_contain_text("Saved")
+    assert "e2e preset" in get("/tome-sampler/v1/presets")
+    page.locator("#tome_sampler_own_export").click()
+    expect(page.locator("#tome_sampler_own_json textarea")).to_have_value(re.compile("e2e preset"))
+    shot(page, "presets")
+    page.locator("#tome_sampler_own_delete").click()
+    expect(page.locator("#tome_sampler_own_said").first).to_contain_text("Deleted")
+    assert "e2e preset" not in get("/tome-sampler/v1/presets")
+
+
+def test_page_reload_leaves_pictures_as_they_were(page: Page, plain: list[bytes]) -> None:
+    page.goto(URL)
+    page.wait_for_selector("#txt2img_prompt textarea")
+    page.locator("#tabs > .tab-nav button", has_text="Settings").click()
+    page.locator("#settings_restart_gradio").click()
+    time.sleep(5)
+    for _ in range(200):
+        try:
+            if get("/tome-sampler/v1/version"):
+                break
+        except (httpx.HTTPError, ValueError):
+            time.sleep(1)
+    time.sleep(5)
+    assert generate()[0] == plain
+    assert generate([ON])[0] != plain
+    assert generate()[0] == plain
