@@ -393,12 +393,12 @@ def test_page_paste(page: Page) -> None:
         "a blue fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256, "
         "ToMe Sampler: Quality, ToMe importance: 0.4, ToMe modules: attn1+ff"
     )
-    page.locator("#paste").click()
+    page.locator("#txt2img_tools #paste").click()
     expect(page.locator("#script_txt2img_tome_sampler_importance input[type=number]")).to_have_value("0.4")
     expect(page.locator("#script_txt2img_tome_sampler_preset input")).to_have_value("Quality")
     expect(text).to_have_value("a blue fox")
     text.fill("a fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256")
-    page.locator("#paste").click()
+    page.locator("#txt2img_tools #paste").click()
     expect(page.locator("#script_txt2img_tome_sampler_ratio")).not_to_be_visible()
     open_accordion(page)
 
@@ -424,7 +424,7 @@ def test_page_tab_and_measure(page: Page) -> None:
     expect(page.locator("#tome_sampler_summary svg").first).to_be_visible()
     expect(page.locator("#tome_sampler_map img").first).to_be_visible()
     shot(page, "last-run")
-    page.get_by_role("tab", name="Measure").click()
+    page.locator("#tome_sampler_tabs > .tab-nav button", has_text="Measure").click()
     page.locator("#tome_sampler_measure").click()
     expect(page.locator("#tome_sampler_measured").first).to_contain_text("%", timeout=120_000)
     expect(page.locator("#tome_sampler_measured").first).to_contain_text("PSNR", timeout=900_000)
@@ -435,7 +435,7 @@ def test_page_tab_and_measure(page: Page) -> None:
 
 
 def test_page_presets(page: Page) -> None:
-    page.get_by_role("tab", name="Presets").click()
+    page.locator("#tome_sampler_tabs > .tab-nav button", has_text="Presets").click()
     page.locator("#tome_sampler_own_name textarea, #tome_sampler_own_name input").first.fill("e2e preset")
     page.locator("#tome_sampler_own_save").click()
     expect(page.locator("#tome_sampler_own_said").first).to_contain_text("Saved")
