@@ -67,14 +67,16 @@ def image_saved(params: Any) -> None:
 
 def controls(elem_id: Any, is_img2img: bool) -> tuple[list[Any], list[Any], list[str]]:
     """The accordion: its components, the infotext fields, and the names that travel between the tabs."""
-    components, told = ui.accordion(elem_id, is_img2img, presets.saved, lambda: run.record.summary)
+    components, told = ui.accordion(
+        elem_id, is_img2img, presets.saved, lambda: run.record.summary, settings.default_preset()
+    )
     return components, [_paste_field(*one) for one in told], [key for _, key, _ in told]
 
 
 def prepare(p: Any, args: Any) -> None:
     """``process``."""
     settings.apply_log_level()
-    run.prepare(p, args, presets.saved())
+    run.prepare(p, args, presets.saved(), settings.default_preset())
 
 
 def begin_pass(p: Any, latent: Any) -> None:

@@ -11,6 +11,7 @@ from tome_sampler.config import MergeConfig
 from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, OFF, PRESETS
 
 SAME = "Same"
+DEFAULT = "Balanced"
 KEYS = ("enabled", "preset", *BY_NAME, "hires")
 
 
@@ -74,15 +75,20 @@ def preset_config(name: str, saved: Mapping[str, Mapping[str, Any]] | None = Non
     return MergeConfig.preset(PRESETS.get(name, "default"))
 
 
-def read_args(args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None = None) -> Request:
+def read_args(
+    args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None = None, default: str = DEFAULT
+) -> Request:
     """A request from script arguments: one dict, or the page's controls in order (the rest takes defaults).
+
+    Args:
+        saved: the user's own presets. default: the preset of who names none, and what the controls start with.
 
     Raises:
         ValueError: a key is unknown, or a value is of the wrong type or out of range; one line that names it.
     """
     if args and isinstance(args[0], Mapping):
-        return read_dict(args[0], saved)
-    defaults = default_args()
+        return read_dict(args[0], saved, default)
+    defaults = default_args(default)
     if len(args) > len(defaults):
         raise ValueError(f"there are {len(args)} arguments; at most {len(defaults)} are known")
     values = [default if value is None else value for value, default in zip(args, defaults, strict=False)]
@@ -93,7 +99,7 @@ def read_args(args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None
     if config is not None:
         fields = {f.name: f.read(value) for f, value in zip(FIELDS, controls, strict=True)}
         # Controls that say something else than the preset were set by hand, unless they were left as they come.
-        if any(_differs(fields[f], getattr(MergeConfig(), f)) for f in fields) or name == CUSTOM:
+        if name == CUSTOM or list(controls) != defaults[2 : 2 + len(FIELDS)]:
             chosen = _with(MergeConfig(), fields)
             if any(f.shown(chosen) != f.shown(config) for f in FIELDS):
                 name, config = CUSTOM, chosen
@@ -109,7 +115,9 @@ def read_args(args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None
     return Request(name, config, False, hires_name, hires)
 
 
-def read_dict(data: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | None = None) -> Request:
+def read_dict(
+    data: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | None = None, default: str = DEFAULT
+) -> Request:
     """A request from a caller's dict: ``{"enabled": true, "preset": "balanced", "ratio": 0.5, "hires": {...}}``.
 
     Fields replace the preset's. hires is such a dict without enabled and hires; its fields replace those of its preset
@@ -120,7 +128,7 @@ def read_dict(data: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | 
             raise ValueError(f"there is no argument {key!r}; there are {', '.join(KEYS)}")
     if not _flag("enabled", data.get("enabled", True)):
         return DISABLED
-    name, config = _section(data, saved, "Balanced", None)
+    name, config = _section(data, saved, default, None)
     hires = data.get("hires")
     if hires is None:
         return Request(name, config)
@@ -135,11 +143,11 @@ def read_dict(data: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | 
     return Request(name, config, False, hires_name, second)
 
 
-def default_args() -> list[Any]:
+def default_args(preset: str = DEFAULT) -> list[Any]:
     """The page's controls in order, as they come: enabled, preset, the table's fields, then the hires override."""
-    config = MergeConfig()
-    hires = [BY_NAME[name].shown(config) for name in HIRES]
-    return [False, "Balanced", *(field.shown(config) for field in FIELDS), False, "Fast", *hires]
+    config = preset_config(preset) or MergeConfig()
+    hires = [BY_NAME[name].shown(MergeConfig.preset("fast")) for name in HIRES]
+    return [False, preset, *(field.shown(config) for field in FIELDS), False, "Fast", *hires]
 
 
 def schema() -> dict[str, Any]:
@@ -202,7 +210,3 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be true or false")
     return value
-
-
-def _differs(a: Any, b: Any) -> bool:
-    return bool(a != b)

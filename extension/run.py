@@ -17,7 +17,7 @@ from tome_sampler.session import MergeSession
 
 from . import infotext
 from .record import PassRecord, RunRecord
-from .request import DISABLED, Request, read_args
+from .request import DEFAULT, DISABLED, Request, read_args
 
 log = logging.getLogger("tome_sampler")
 AXES = "tome_sampler_axes"  # attribute of p: fields that a grid's cell replaces
@@ -43,7 +43,9 @@ class Run:
         """Whether the run under way was asked to merge."""
         return self._request.on
 
-    def prepare(self, p: Any, args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None) -> None:
+    def prepare(
+        self, p: Any, args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None, default: str = DEFAULT
+    ) -> None:
         """``process``: read what is asked for, and write it into the picture's parameters.
 
         A request that cannot be understood stops the generation with a readable error: an unmerged picture would
@@ -56,7 +58,7 @@ class Run:
             k: v for k, v in p.extra_generation_params.items() if k != infotext.KEY and not k.startswith("ToMe ")
         }
         try:
-            request = read_args(args, saved)
+            request = read_args(args, saved, default)
             axes = getattr(p, AXES, None)
             if axes:
                 request = request.with_fields(axes)

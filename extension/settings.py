@@ -8,7 +8,8 @@ from typing import Any
 import gradio as gr
 from modules import shared
 
-from .fields import TITLE
+from .fields import PRESETS, TITLE
+from .request import DEFAULT
 
 SECTION = ("tome_sampler", TITLE)
 LEVELS = ("Debug", "Info", "Warning", "Error")
@@ -18,6 +19,9 @@ def add_options() -> None:
     """``on_ui_settings``."""
     info = shared.OptionInfo
     options = {
+        "tome_sampler_preset": info(
+            DEFAULT, "Preset that the accordion starts with", gr.Dropdown, {"choices": list(PRESETS)}
+        ).info("and that API callers get who name none; the accordion follows after Reload UI"),
         "tome_sampler_min_tokens": info(
             0, "Leave layers with fewer tokens alone", gr.Slider, {"minimum": 0, "maximum": 16384, "step": 256}
         ).info("on top of each preset's own limit; 4096 tokens are the finest layer of SD 1.5 at 512x512"),
@@ -37,6 +41,12 @@ def add_options() -> None:
 def value(name: str, default: Any) -> Any:
     """A setting; the default where a host has not loaded them yet."""
     return shared.opts.data.get(f"tome_sampler_{name}", default)
+
+
+def default_preset() -> str:
+    """The preset of who names none; an override that is no preset counts as none."""
+    found = value("preset", DEFAULT)
+    return found if found in PRESETS else DEFAULT
 
 
 def least_tokens() -> int:

@@ -21,15 +21,19 @@ QUIET = {"show_progress": False, "queue": False}
 
 
 def accordion(
-    elem_id: Callable[[str], str], is_img2img: bool, own: Callable[[], Mapping[str, Any]], summary: Callable[[], str]
+    elem_id: Callable[[str], str],
+    is_img2img: bool,
+    own: Callable[[], Mapping[str, Any]],
+    summary: Callable[[], str],
+    start: str,
 ) -> tuple[list[Any], list[tuple[Any, str, Callable[[Mapping[str, Any]], Any]]]]:
     """The controls in the order of :func:`request.default_args`, and for each its infotext key and what it takes from
     an infotext.
 
     Args:
-        own: the user's presets by name. summary: a line on the last run.
+        own: the user's presets by name. summary: a line on the last run. start: the preset to start with.
     """
-    defaults = default_args()
+    defaults = default_args(start)
     first, last = 2, 2 + len(FIELDS)
     values = dict(zip((f.name for f in FIELDS), defaults[first:last], strict=True))
     with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:

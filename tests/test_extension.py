@@ -164,6 +164,39 @@ def test_a1111_refiner_swaps_the_model_inside_sampling(a1111: A1111) -> None:
     assert not a1111.errors
 
 
+def test_a1111_tiles_pass_through_unharmed(a1111: A1111) -> None:
+    a1111.tiles = 2
+    plain, _ = a1111.generate([])
+    assert same(plain, a1111.generate([FAST])[0])
+    assert last(a1111)["passes"][0]["statistics"]["tokens_before"] == 0
+    assert not a1111.errors
+
+
+def test_a1111_a_reference_pass_inside_the_model_is_left_alone(a1111: A1111) -> None:
+    """ControlNet's reference mode: each block's attention also runs over a longer context, kept from another pass."""
+    unet = unet_of(a1111)
+
+    class Block(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.attn1, self.rest = block.attn1, block
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            bank = self.rest.norm1(x)
+            x = self.attn1(bank, context=torch.cat([bank, bank.flip(0)], 1)) + x
+            x = self.rest.attn2(self.rest.norm2(x), context=context) + x
+            return self.rest.ff(self.rest.norm3(x)) + x
+
+    unet.first = Block(unet.first)
+    plain, _ = a1111.generate([])
+    a1111.generate([FAST])
+    layers = last(a1111)["passes"][0]["statistics"]["layers"]
+    assert not any(name.startswith("first") for name in layers)
+    assert any(name.startswith("last") for name in layers)
+    assert same(plain, a1111.generate([])[0])
+    assert not a1111.errors
+
+
 def test_forge_split_calls_and_guidance_off(forge: Forge) -> None:
     whole, _ = forge.generate([FAST])
     forge.split = True
@@ -326,6 +359,15 @@ def test_settings_reach_the_run(host: Host) -> None:
     host.shared.opts.data["tome_sampler_keep_maps"] = False
     host.generate([FAST])
     assert last(host)["passes"][0]["maps"] == 0
+    host.shared.opts.data["tome_sampler_preset"] = "Fast"
+    host.generate([{"enabled": True}])
+    assert last(host)["preset"] == "Fast"
+    host.load()
+    assert host.components[1].value == "Fast"
+    host.generate([True])
+    assert last(host)["preset"] == "Fast"
+    host.generate([True, "Quality"])
+    assert last(host)["passes"][0]["config"]["floor"] == 0.25
 
 
 def test_reload_leaves_nothing_behind(host: Host) -> None:
@@ -400,3 +442,81 @@ def test_a_thousand_runs_leave_nothing(host: Host) -> None:
     assert same(plain, host.generate([], steps=2, size=(8, 8))[0])
     assert tensors[1] <= tensors[0] + 60
     assert not host.errors
+
+
+def test_routes_answer_within_bounds_and_behind_the_hosts_password(host: Host) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    app = fastapi.FastAPI()
+    host.generate([FAST])
+    for _ in range(2):  # again after a reload of the UI
+        host.tell("app_started", None, app)
+    client, root = TestClient(app), "/tome-sampler/v1"
+    assert client.get(f"{root}/version").json()["title"] == "ToMe Sampler"
+    assert client.get(f"{root}/schema").json()["properties"]["ratio"]["maximum"] == 0.9375
+    assert client.get(f"{root}/presets").json()["Fast"]["ratio"] == 0.9
+    found = client.get(f"{root}/last").json()
+    assert found["passes"][0]["statistics"]["merged_fraction"] == pytest.approx(0.5)
+    number = found["passes"][0]["maps"] - 1
+    for kind in ("importance", "groups"):
+        answer = client.get(f"{root}/last/overlay/{number}/{kind}")
+        assert answer.headers["content-type"] == "image/png"
+    for wrong in (f"{number + 1}/groups", "0/other", "-1/groups"):
+        assert client.get(f"{root}/last/overlay/{wrong}").status_code == 404
+    guarded = fastapi.FastAPI()
+    host.shared.cmd_opts.api_auth = "user:secret"
+    host.tell("app_started", None, guarded)
+    client = TestClient(guarded)
+    assert client.get(f"{root}/last").status_code == 401
+    assert client.get(f"{root}/last", auth=("user", "wrong")).status_code == 401
+    assert client.get(f"{root}/last", auth=("user", "secret")).status_code == 200
+    silent = fastapi.FastAPI()
+    host.shared.cmd_opts.api = False
+    host.tell("app_started", None, silent)
+    assert TestClient(silent).get(f"{root}/last").status_code == 404
+    assert not host.errors
+
+
+def test_the_maps_are_saved_beside_pictures_if_asked_for(host: Host, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    picture = tmp_path / "00001-7.png"
+    for wanted in (False, True):
+        host.shared.opts.data["tome_sampler_save_overlays"] = wanted
+        host.generate([FAST])
+        params = SimpleNamespace(filename=str(picture), image=Image.new("RGB", (64, 64)), p=SimpleNamespace())
+        host.tell("image_saved", params)
+        names = sorted(path.name for path in tmp_path.glob("*.png"))
+        assert names == (["00001-7-tome-groups.png", "00001-7-tome-importance.png"] if wanted else [])
+    assert not host.errors
+
+
+def test_controls_explain_themselves(host: Host) -> None:
+    ui, table = host.app.ui, host.app.ui.FIELDS
+    by_id = {c.elem_id: c for c in host.components}
+    assert len(by_id) == len(host.components)
+    assert [f.name for f in table] == [
+        c.elem_id.rsplit("tome_sampler_")[-1] for c in host.components[2 : 2 + len(table)]
+    ]
+    assert by_id["script_txt2img_tome_sampler_ratio"].kwargs["maximum"] == 0.75
+    defaults = [c.value for c in host.components]
+    assert "30% to 50%" in ui.explained(defaults)
+    assert "Neighbourhood" in ui.explained(defaults)
+    moved = [True, "Custom", *defaults[2:]]
+    moved[2] = 0.9
+    assert "it must be a number from 0 to 0.75" in ui.explained(moved)
+    preset = by_id["script_txt2img_tome_sampler_preset"]
+    (write,) = [event["fn"] for name, event in preset.events if name == "input"]
+    written = dict(zip((f.name for f in table), write("Fast"), strict=True))
+    assert written["ratio"] == {"value": 0.9, "maximum": 0.9375}
+    assert written["stride"] == {"value": 4}
+    keys = [field.label for field in host.fields]
+    assert keys == host.script.paste_field_names
+    pasted = {"ToMe Sampler": "Fast", "ToMe seed": "5"}
+    assert [field.function(pasted) for field in host.fields][0:2] == [True, "Fast"]
+    host.tell("infotext_pasted", "", pasted)
+    assert pasted["ToMe seed"] == 5
+    assert pasted["ToMe ratio"] == 0.9

@@ -82,6 +82,8 @@ def test_the_documented_arguments_and_controls_agree() -> None:
     assert request.read_args([True]).config == MergeConfig() == request.read_args([True, *defaults[1:]]).config
     assert request.read_args([]).on is False
     assert request.read_args([True, "fast"]).config == MergeConfig.preset("fast")
+    assert request.read_args([True, "quality"], default="Fast").config == MergeConfig.preset("quality")
+    assert request.read_args([True], default="Fast").config == MergeConfig.preset("fast")
     moved = [True, *defaults[1:]]
     moved[2] = 0.25
     assert request.read_args(moved).config == MergeConfig(ratio=0.25)

@@ -340,6 +340,7 @@ class A1111(Host):
     def __init__(self, optimisation: Any = None) -> None:
         super().__init__()
         self.batch_cond_uncond, self.skip_uncond_at = True, set()  # the latter: denoiser calls (NGMS)
+        self.tiles = 1
         self.eps_valued = False  # DDIM, PLMS, UniPC: timesteps in the callbacks
         self.sigmas = torch.linspace(-3.5, 2.7, 1000).exp()
 
@@ -374,6 +375,11 @@ class A1111(Host):
             if self.fault is not None:
                 self.fault(len(self.model_calls))
             self.model_calls.append((part.shape[0], part.shape[-1]))
+            if self.tiles > 1:  # tiled diffusion: the U-Net sees one tile after the other
+                whole, self.tiles = self.tiles, 1
+                tiles = [call(tile, context) for tile in part.chunk(whole, -1)]
+                self.tiles = whole
+                return torch.cat(tiles, -1)
             return unet(part / (1 + sigma**2) ** 0.5, torch.full((len(part),), sigma), context=context)
 
         if skip:

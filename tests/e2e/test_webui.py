@@ -201,6 +201,41 @@ def test_prompts_and_guidance_of_all_kinds(settings: dict[str, Any]) -> None:
     assert generate([ON], **settings)[0] == merged
 
 
+def test_every_checkpoint_and_back(plain: list[bytes]) -> None:
+    names = [model["model_name"] for model in get("/sdapi/v1/sd-models")]
+    for name in names[:4]:
+        override = {"override_settings": {"sd_model_checkpoint": name}, "width": 512, "height": 512}
+        before = generate(**override)[0]
+        merged, _ = generate([{**ON, "min_tokens": 0}], **override)
+        assert last()["passes"][0]["statistics"]["merged_fraction"] > 0, name
+        assert merged != before, name
+        assert generate(**override)[0] == before, name
+    assert generate()[0] == plain
+
+
+def test_a_refiner() -> None:
+    names = [model["model_name"] for model in get("/sdapi/v1/sd-models")]
+    if len(names) < 2:
+        pytest.skip("one checkpoint only")
+    settings = {"refiner_checkpoint": names[1], "refiner_switch_at": 0.5, "steps": 4}
+    before = generate(**settings)[0]
+    merged, _ = generate([ON], **settings)
+    assert not last()["error"]
+    assert merged != before
+    assert generate([ON], **settings)[0] == merged
+    assert generate(**settings)[0] == before
+
+
+def test_hypertile_goes_first() -> None:
+    if "hypertile_enable_unet" not in get("/sdapi/v1/options"):
+        pytest.skip("this host has no Hypertile")
+    generate([ON], override_settings={"hypertile_enable_unet": True})
+    assert "Hypertile" in last()["stood_aside"]
+    post("/sdapi/v1/options", hypertile_enable_unet=False)
+    generate([ON])
+    assert last()["stood_aside"] is None
+
+
 def test_the_hosts_own_token_merging_goes_first(plain: list[bytes]) -> None:
     _, text = generate([ON], override_settings={"token_merging_ratio": 0.5})
     assert "token merging" in last()["stood_aside"]
