@@ -128,6 +128,7 @@ class _Job:
                 p = processing.StableDiffusionProcessingTxt2Img(
                     sd_model=shared.sd_model, do_not_save_samples=True, do_not_save_grid=True, **self._arguments
                 )
+                p.is_api = True  # or the host's own seed and sampler scripts write their controls' defaults over ours
                 p.scripts = scripts.scripts_txt2img
                 p.script_args = _script_args(p.scripts, self._controls)
                 started = time.perf_counter()

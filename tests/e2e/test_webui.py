@@ -463,6 +463,8 @@ def test_page_tab_and_measure(page: Page) -> None:
     page.locator("#tome_sampler_measure").click()
     expect(page.locator("#tome_sampler_measured").first).to_contain_text("%", timeout=120_000)
     expect(page.locator("#tome_sampler_measured").first).to_contain_text("PSNR", timeout=900_000)
+    text = page.locator("#tome_sampler_measured").first.inner_text()
+    assert 30 < float(re.findall(r"([\d.]+) dB", text)[0]) < 99  # the same seed, and merged
     slider = page.locator(".tome-sampler-compare input")
     slider.evaluate("e => { e.value = 20; e.dispatchEvent(new Event('input', {bubbles: true})); }")
     assert page.locator(".tome-sampler-compare").get_attribute("style") == "--split: 20%;"
