@@ -251,7 +251,14 @@ def map_html(record: RunRecord, number: Any, which: str) -> str:
         return "<p>No importance here: no guidance ran before these pairs were made.</p>"
     sigma = maps[index].sigma
     caption = f"{which}, {index + 1} of {len(maps)}" + (f", sigma {sigma:.2f}" if sigma is not None else "")
-    return f"<figure class='tome-sampler-map'>{_img(image)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    h, w = maps[index].grid
+    groups = base64.b64encode(maps[index].target.numpy().astype("<u4").tobytes()).decode()  # for the page's script
+    return (
+        f"<figure class='tome-sampler-map'><div class='tome-sampler-over' data-grid='{h},{w}' data-groups='{groups}'>"
+        f"{_img(image)}<canvas width='{w}' height='{h}'></canvas></div>"
+        f"<figcaption>{html.escape(caption)}. <span class='tome-sampler-group'>Point at a token to see its group."
+        "</span></figcaption></figure>"
+    )
 
 
 def progress_html(share: float, word: str) -> str:

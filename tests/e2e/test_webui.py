@@ -113,6 +113,10 @@ def difference(a: bytes, b: bytes) -> int:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def mean_difference(a: bytes, b: bytes) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
+
+
 def test_every_sampler_of_the_host(plain: list[bytes]) -> None:
     failed = []
     for sampler in (s["name"] for s in get("/sdapi/v1/samplers")):
@@ -224,6 +228,22 @@ def test_a_refiner() -> None:
     assert merged != before
     assert generate([ON], **settings)[0] == merged
     assert generate(**settings)[0] == before
+
+
+def test_loras_and_switching_them(plain: list[bytes]) -> None:
+    names = [lora["name"] for lora in get("/sdapi/v1/loras")][:2]
+    if len(names) < 2:
+        pytest.skip("needs two LoRAs for the checkpoint in the host's models/Lora")
+    prompts = [f"a red fox in the snow <lora:{name}:1>" for name in names]
+    first, second = (generate(prompt=prompt)[0] for prompt in prompts)
+    assert len({first[0], second[0], plain[0]}) == 3  # they act without us
+    merged = [generate([ON], prompt=prompt)[0] for prompt in (*prompts, "a red fox in the snow")]
+    for picture, before in zip(merged, (first, second, plain), strict=True):
+        others = [mean_difference(picture[0], other[0]) for other in (first, second, plain) if other is not before]
+        assert 0 < mean_difference(picture[0], before[0]) < 0.5 * min(others)  # each stays near its own
+    assert generate([ON], prompt=prompts[0])[0] == merged[0]
+    assert generate(prompt=prompts[1])[0] == second
+    assert generate()[0] == plain
 
 
 def test_hypertile_goes_first() -> None:
@@ -458,6 +478,12 @@ def test_page_tab_and_measure(page: Page) -> None:
     page.locator("#tome_sampler_refresh").click()
     expect(page.locator("#tome_sampler_summary svg").first).to_be_visible()
     expect(page.locator("#tome_sampler_map img").first).to_be_visible()
+    over = page.locator(".tome-sampler-over").first
+    over.hover()
+    expect(page.locator(".tome-sampler-group").first).to_contain_text(re.compile("merged into|kept by itself"))
+    assert over.locator("canvas").evaluate(
+        "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)"
+    )
     shot(page, "last-run")
     page.locator("#tome_sampler_tabs > .tab-nav button", has_text="Measure").click()
     page.locator("#tome_sampler_measure").click()
