@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ldm import CrossAttention
+from ldm import CrossAttention, Unreachable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
@@ -182,16 +182,6 @@ def test_logits_worked_off_in_slices_of_the_folded_heads_get_their_own_rows_size
     assert mode.used
     for found in merged:
         torch.testing.assert_close(found, sliced(q, x), atol=1e-5, rtol=1e-5)
-
-
-class Unreachable(CrossAttention):
-    """Attention whose kernel calls neither function, as xformers' does."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).exp()
-        out = weights / weights.sum(-1, keepdim=True) @ v
-        return self.to_out(out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
 
 
 def test_attention_that_cannot_be_reached_is_computed_by_its_own_projections() -> None:

@@ -99,6 +99,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("modules", 5, "attn1, attn2, ff"),
     ("modules", "attn1", "attn1, attn2, ff"),
     ("modules", ("attn1", "attn1"), "once"),
+    ("modules", ("attn1", "block"), "the only one"),
     ("min_tokens", -1, "at least 0"),
     ("search", "far", "global, local"),
     ("neighbourhood", 0, "at least 1"),

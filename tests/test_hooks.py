@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ldm import BasicTransformerBlock, CrossAttention, LdmUNet
+from ldm import BasicTransformerBlock, CrossAttention, LdmUNet, Unreachable
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
@@ -19,6 +20,7 @@ from tome_sampler import MergeConfig, Pairing, apply_patch, merging, remove_patc
 from tome_sampler.hosts import modules as hosts
 
 CONFIG = MergeConfig(min_tokens=0)
+PRESETS = ("default", "fast", "tomesd", "ca_tome", "importance")
 Call = Callable[[nn.Module], Tensor]
 
 
@@ -63,8 +65,8 @@ def host(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
 def test_leaving_restores_bit_for_bit(host: tuple[nn.Module, Call]) -> None:
     model, call = host
     plain, weights, before = call(model), copy.deepcopy(model.state_dict()), trace(model)
-    for preset in ("default", "fast", "tomesd", "ca_tome", "importance"):
-        config = MergeConfig.preset(preset, min_tokens=0, modules=("attn1", "attn2", "ff"), floor=0.2)
+    for preset, modules in itertools.product(PRESETS, (("attn1", "attn2", "ff"), ("block",))):
+        config = MergeConfig.preset(preset, min_tokens=0, modules=modules, floor=0.2)
         with merging(model, config, branches=("uncond", "cond")) as session:
             merged = call(model)
             assert session.stats.to_dict()["merged_fraction"] > 0
@@ -80,11 +82,13 @@ def test_leaving_restores_bit_for_bit(host: tuple[nn.Module, Call]) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "ff", "merge", "unmerge", "body"])
 @pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("modules", [("attn1", "ff"), ("block",)])
 def test_an_exception_or_interrupt_leaves_no_trace(
     host: tuple[nn.Module, Call],
     error: type[BaseException],
     where: str,
     proportional: bool,
+    modules: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, call = host
@@ -96,7 +100,7 @@ def test_an_exception_or_interrupt_leaves_no_trace(
     block = next(m for m in model.modules() if hasattr(m, "attn1"))
     own = block.get_submodule(where).register_forward_hook(fail) if where in ("attn1", "attn1.to_q", "ff") else None
     before = trace(model)
-    config = CONFIG.with_(proportional=proportional, metric="block", modules=("attn1", "ff"))
+    config = CONFIG.with_(proportional=proportional, metric="block", modules=modules)
     if where in ("merge", "unmerge"):
         monkeypatch.setattr(Pairing, where, fail)
     with pytest.raises(error, match="on purpose"), merging(model, config) as session:
@@ -288,6 +292,60 @@ def test_two_models_at_once_do_not_see_each_other(unet: nn.Module, ldm_unet: Ldm
     plain = call_ldm(ldm_unet)
     with merging(unet, CONFIG):
         assert torch.equal(call_ldm(ldm_unet), plain)
+
+
+class Blocks(nn.Module):
+    """A model that is two transformer blocks of ldm on a grid of 8x8 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([BasicTransformerBlock(16, 8), BasicTransformerBlock(16, 8)])
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return tokens
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+@pytest.mark.parametrize("reached", [True, False])
+def test_blocks_on_merged_duplicates_are_exact(ratio: float, reached: bool) -> None:
+    model = Blocks().eval()
+    if not reached:
+        for block in model.blocks:
+            block.attn1 = Unreachable(16)
+    x = torch.randn(2, 16, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)  # each 2x2 cell is one token
+    context, t = torch.randn(2, 3, 8), torch.tensor(500)
+    error = {}
+    for proportional in (True, False):
+        config = CONFIG.with_(modules=("block",), ratio=ratio, threshold=None, proportional=proportional)
+        with torch.no_grad():
+            exact = model(x, t, context)
+            with merging(model, config, branches=("uncond", "cond")) as session:
+                error[proportional] = (model(x, t, context) - exact).abs().max().item()
+        assert session.stats.to_dict()["merged_fraction"] == pytest.approx(ratio, abs=0.02)
+        assert not session.stats.notes
+    assert error[True] < 1e-4
+    assert (error[False] > 1e-3) == (ratio != 0.75)  # groups of one size need no counting
+
+
+def test_all_of_a_block_runs_on_merged_tokens_and_each_token_keeps_what_is_its_own(ldm_unet: LdmUNet) -> None:
+    seen: dict[str, int] = {}
+    block = next(m for m in ldm_unet.modules() if hasattr(m, "attn1"))
+    for name in ("attn1", "attn2", "ff"):
+        block.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: out.shape[1]})
+        )
+    ends: list[Tensor] = []
+    config = CONFIG.with_(modules=("block",), threshold=None, ratio=0.5)
+    with merging(ldm_unet, config):
+        handle = block.register_forward_hook(lambda m, args, out: ends.append(out))  # after ours: what the model gets
+        call_ldm(ldm_unet)
+        handle.remove()
+    assert seen == {"attn1": 32, "attn2": 32, "ff": 32}
+    assert ends[0].shape[1] == 64
+    assert len(ends[0][0].unique(dim=0)) == 64  # no two tokens have become one
 
 
 def test_what_replaces_a_projection_acts_on_merged_tokens(unet: nn.Module) -> None:

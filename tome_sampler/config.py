@@ -13,7 +13,7 @@ Destinations = Literal["grid", "cell", "pool"]
 Search = Literal["global", "local"]
 BatchRule = Literal["row", "max"]
 Metric = Literal["attention", "block"]
-MODULES = ("attn1", "attn2", "ff")
+MODULES = ("attn1", "attn2", "ff", "block")
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
@@ -56,7 +56,8 @@ class MergeConfig:
             its similarity counts as similarity - importance * r.
         protect: fraction of the tokens, the most important ones, that are never merged, 0 .. 1.
         levels: on how many of the finest attention levels that the model has, >= 1.
-        modules: which of "attn1", "attn2", "ff" run on merged tokens.
+        modules: which of "attn1", "attn2", "ff" run on merged tokens, each merged by itself; or "block": whole
+            transformer blocks, merged once, which give every token what its group's mean has gained.
         min_tokens: layers with fewer tokens are left alone: there it cannot pay. 0: none is.
 
     Matching
@@ -141,6 +142,8 @@ class MergeConfig:
             _one_of("modules", module, MODULES)
         if len(set(self.modules)) < len(self.modules):
             raise ValueError(f"modules is {self.modules!r}; it must name each one once")
+        if "block" in self.modules and len(self.modules) > 1:
+            raise ValueError(f"modules is {self.modules!r}; 'block' holds the others already and must be the only one")
         if self.destinations == "pool" and self.search == "local":
             raise ValueError("search is 'local', which needs one destination per cell; destinations 'pool' has none")
         if not isinstance(self.refresh, Refresh):

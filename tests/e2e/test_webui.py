@@ -246,6 +246,50 @@ def test_loras_and_switching_them(plain: list[bytes]) -> None:
     assert generate()[0] == plain
 
 
+BUILT_IN = ("freeu", "perturbed", "selfattention", "multidiffusion", "stylealign", "kohya", "latentmod", "dynamicthres")
+
+
+def test_beside_the_hosts_own_extensions(plain: list[bytes]) -> None:
+    scripts = get("/sdapi/v1/script-info")
+    found = [s for s in scripts if s["is_alwayson"] and not s["is_img2img"] and s["name"].lower().startswith(BUILT_IN)]
+    if not found:
+        pytest.skip("this host has none of them built in")
+    for script in found:
+        theirs = {script["name"]: {"args": [True, *(a["value"] for a in script["args"][1:])]}}
+        if script["name"].lower().startswith("multidiffusion"):
+            theirs[script["name"]]["args"][2:4] = [192, 192]  # smaller than the picture, or there are no tiles
+        before = generate(alwayson_scripts=theirs)[0]
+        assert before != plain, script["name"]
+        merged = generate(alwayson_scripts={**theirs, TITLE: {"args": [ON]}})[0]
+        assert not last()["error"], script["name"]
+        assert mean_difference(merged[0], before[0]) <= mean_difference(merged[0], plain[0]), script["name"]
+        assert generate(alwayson_scripts=theirs)[0] == before, script["name"]
+    assert generate()[0] == plain
+
+
+def test_beside_a_reference_of_controlnet(plain: list[bytes]) -> None:
+    if not is_forge():
+        pytest.skip("ControlNet is not built in here")
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (SIZE, SIZE), plain[0]).transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG")
+    unit = {
+        "enabled": True,
+        "module": "reference_only",
+        "model": "None",
+        "image": base64.b64encode(buffer.getvalue()).decode(),
+        "processor_res": SIZE,
+        "threshold_a": 0.5,
+    }
+    theirs = {"ControlNet": {"args": [unit]}}
+    before = generate(alwayson_scripts=theirs)[0]
+    assert before[0] != plain[0]
+    merged = generate(alwayson_scripts={**theirs, TITLE: {"args": [ON]}})[0]
+    assert not last()["error"]
+    assert mean_difference(merged[0], before[0]) <= mean_difference(merged[0], plain[0])
+    assert generate(alwayson_scripts=theirs)[0] == before
+    assert generate()[0] == plain
+
+
 def test_hypertile_goes_first() -> None:
     if "hypertile_enable_unet" not in get("/sdapi/v1/options"):
         pytest.skip("this host has no Hypertile")

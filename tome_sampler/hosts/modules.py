@@ -33,8 +33,9 @@ class _Open:
 
     pairing: Pairing
     merged: Tensor
-    log_size: Tensor | None  # what its keys' logits gain
-    mode: proportional_attention | None
+    log_size: Tensor | None = None  # what its keys' logits gain
+    mode: proportional_attention | None = None
+    in_block: bool = False  # its block merged them and will unmerge
 
 
 class _Attachment:
@@ -46,6 +47,7 @@ class _Attachment:
         self.session, self._describe, self._failed = session, describe, failed
         self._stack = ExitStack()
         self._open: dict[nn.Module, _Open] = {}
+        self._open_blocks: dict[nn.Module, tuple[_Open, Tensor]] = {}  # and the tokens that it was given
         self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
@@ -74,6 +76,7 @@ class _Attachment:
             if opened.mode is not None:
                 opened.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._open.clear()
+        self._open_blocks.clear()
         self._block_input.clear()
         if self._call is not None:
             call, self._call = self._call, None
@@ -97,6 +100,11 @@ class _Attachment:
                 self._block_input.pop(module, None)
 
             self._hook(block, remember, forget)
+        if config.modules == ("block",):
+            layer = Layer(name or "block", number)
+            self._hook(block, self._before_block(layer), self._after_block)
+            self._hook(block.attn1, self._before_attention_of(block), self._after)  # type: ignore[arg-type]
+            return
         for part in config.modules:
             module = getattr(block, part, None)
             if isinstance(module, nn.Module):
@@ -108,32 +116,71 @@ class _Attachment:
             x = _tokens(args, kwargs)
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)):
                 return None
-            try:
-                pairing = self.session.merge(layer, x, self._block_input.get(block))
-                if pairing is None:
-                    return None
-                with self.session.timed("merging", x.device):
-                    opened = _Open(pairing, pairing.merge(x), None, None)
-            except Exception as error:
-                if self._failed is None:
-                    raise
-                self._failed(error)
+            opened = self._merge(layer, x, self._block_input.get(block))
+            if opened is None:
                 return None
-            # padding, which evens out different counts, must never be attended to, proportional or not
-            if part == "attn1" and (self.session.config.proportional or pairing.padded):
-                opened.log_size = pairing.log_size if self.session.config.proportional else pairing.log_mask
-                if module not in self._unreached:
-                    heads = getattr(module, "heads", None)
-                    opened.mode = proportional_attention(
-                        opened.log_size, heads=heads if isinstance(heads, int) else None
-                    )
-                    opened.mode.__enter__()  # type: ignore[no-untyped-call]
+            given = self._attend(module, opened) if part == "attn1" else opened.merged
             self._open[module] = opened
-            # a layer whose own attention is of no use is given a single token to be quick about
-            given = opened.merged[:, :1] if module in self._unreached else opened.merged
             return _with_tokens(given, x, args, kwargs)
 
         return before
+
+    def _before_block(self, layer: Layer) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = _tokens(args, kwargs)
+            opened = None if x is None else self._merge(layer, x, None)
+            if x is None or opened is None:
+                return None
+            self._open_blocks[module] = opened, x
+            return _with_tokens(opened.merged, x, args, kwargs)
+
+        return before
+
+    def _before_attention_of(self, block: nn.Module) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = _tokens(args, kwargs)
+            if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
+                return None
+            self._open[module] = opened = _Open(self._open_blocks[block][0].pairing, x, in_block=True)
+            return _with_tokens(self._attend(module, opened), x, args, kwargs)
+
+        return before
+
+    def _merge(self, layer: Layer, x: Tensor, metric: Tensor | None) -> _Open | None:
+        try:
+            pairing = self.session.merge(layer, x, metric)
+            if pairing is None:
+                return None
+            with self.session.timed("merging", x.device):
+                return _Open(pairing, pairing.merge(x))
+        except Exception as error:
+            if self._failed is None:
+                raise
+            self._failed(error)
+            return None
+
+    def _attend(self, module: nn.Module, opened: _Open) -> Tensor:
+        """Make an attention layer that is about to run count its keys; returns what it is given."""
+        pairing, proportional = opened.pairing, self.session.config.proportional
+        # padding, which evens out different counts, must never be attended to, proportional or not
+        if not proportional and not pairing.padded:
+            return opened.merged
+        opened.log_size = pairing.log_size if proportional else pairing.log_mask
+        if module in self._unreached:  # its own attention is of no use: a single token, to be quick about it
+            return opened.merged[:, :1]
+        heads = getattr(module, "heads", None)
+        opened.mode = proportional_attention(opened.log_size, heads=heads if isinstance(heads, int) else None)
+        opened.mode.__enter__()  # type: ignore[no-untyped-call]
+        return opened.merged
+
+    def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if module not in self._open_blocks:
+            return None
+        opened, x = self._open_blocks.pop(module)
+        if not isinstance(output, Tensor):
+            return None
+        with self.session.timed("merging", output.device):
+            return x + opened.pairing.unmerge(output - opened.merged)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if module not in self._open:
@@ -153,6 +200,8 @@ class _Attachment:
             else:
                 self._unreached.add(module)
                 output = own
+        if opened.in_block:
+            return output
         with self.session.timed("merging", output.device):
             return opened.pairing.unmerge(output)
 
