@@ -7,6 +7,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+_BAGS = ("cpu", "cuda")
+"""Devices where an embedding bag is the weighted sum of each row's tokens in one pass: one read of the tokens and one
+write of the merged ones, sums in fp32, in a fixed order. Others use ``index_add_``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +63,19 @@ class Pairing:
         flat = x.reshape(b * n, c)
         if self.prune:
             return flat.index_select(0, self._flat_head).view(b, m, c)
-        if x.is_cuda:  # index_add_ adds in any order there; sorted segments are summed in one
-            total = torch.segment_reduce(flat.float().index_select(0, self._order), "sum", lengths=self._lengths)
-        else:
-            total = torch.zeros(b * m, c, device=x.device).index_add_(0, self._flat_row, flat.float())
+        if x.device.type in _BAGS:
+            weights = self._weights if x.dtype == torch.float32 else self._weights_in(x.dtype)
+            bags = functional.embedding_bag(
+                self._order, flat, self._offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+            )
+            return bags.view(b, m, c)
+        total = torch.zeros(b * m, c, device=x.device).index_add_(0, self._flat_row, flat.float())
         return (total * self._inverse_size).to(x.dtype).view(b, m, c)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """y (b m c) as (b n c): every token gets its row's value. One gather."""
         b, m, c = y.shape
-        return y.reshape(b * m, c).index_select(0, self._flat_row).view(b, -1, c)
+        return functional.embedding(self._flat_row, y.reshape(b * m, c)).view(b, -1, c)
 
     @cached_property
     def log_size(self) -> Tensor:
@@ -93,11 +101,27 @@ class Pairing:
 
     @cached_property
     def _order(self) -> Tensor:
+        """The tokens, row by row."""
         return self._flat_row.argsort(stable=True)
 
     @cached_property
-    def _lengths(self) -> Tensor:
-        return self.size.flatten().long()
+    def _offsets(self) -> Tensor:
+        """Where each row begins in the order, and where the last one ends."""
+        return functional.pad(self.size.flatten().long().cumsum(0), (1, 0))
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """What each token of the order counts for in its row's mean."""
+        return self._inverse_size.flatten()[self._flat_row[self._order]]
+
+    def _weights_in(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._cast:
+            self._cast[dtype] = self._weights.to(dtype)
+        return self._cast[dtype]
+
+    @cached_property
+    def _cast(self) -> dict[torch.dtype, Tensor]:
+        return {}
 
     def _offset(self, length: int) -> Tensor:
         return torch.arange(self.row.shape[0], device=self.row.device)[:, None] * length
