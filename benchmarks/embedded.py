@@ -76,8 +76,8 @@ def applied(method: str, model: torch.nn.Module, sigmas: list[float]) -> Iterato
     """A method at work on the model: "plain", "tomesd:ratio=R" (the real package), or a preset with overrides."""
     name, _, rest = method.partition(":")
     given = dict(pair.split("=") for pair in rest.split(",") if pair)
-    refresh = given.pop("refresh", None)
-    overrides = {k: ast.literal_eval(v) if v[:1] in "0123456789-TFN" else v for k, v in given.items()}
+    refresh, modules = given.pop("refresh", None), given.pop("modules", None)
+    overrides: dict[str, Any] = {k: ast.literal_eval(v) if v[:1] in "0123456789-TFN" else v for k, v in given.items()}
     if name == "plain":
         yield None
     elif name == "tomesd":
@@ -89,6 +89,8 @@ def applied(method: str, model: torch.nn.Module, sigmas: list[float]) -> Iterato
     else:
         if refresh is not None:
             overrides["refresh"] = REFRESH[refresh]
+        if modules is not None:
+            overrides["modules"] = tuple(modules.split("+"))
         with tome_sampler.merging(model, MergeConfig.preset(name, **overrides), sigmas=sigmas) as session:
             yield session
 
@@ -124,7 +126,8 @@ def main() -> None:
     parser.add_argument(
         "--method",
         action="append",
-        help=f"NAME[:field=value,...], refresh one of {', '.join(REFRESH)} (default: {' '.join(METHODS)})",
+        help=f"NAME[:field=value,...], refresh one of {', '.join(REFRESH)}, modules as attn1+ff or block "
+        f"(default: {' '.join(METHODS)})",
     )
     parser.add_argument("--prompts", type=int, default=8, help="how many random captions (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=10_000, help="the captions' and pictures' first seed")

@@ -210,6 +210,27 @@ def test_forge_split_calls_and_guidance_off(forge: Forge) -> None:
     assert not forge.errors
 
 
+def test_forge_merges_attn1_and_says_so_if_more_is_asked_for(forge: Forge) -> None:
+    plain, _ = forge.generate([])
+    merged, _ = forge.generate([FAST])
+    assert same(merged, forge.generate([{**FAST, "modules": ["attn1", "ff"]}])[0])
+    assert any("only attn1" in note for note in last(forge)["passes"][0]["statistics"]["notes"])
+    assert same(plain, forge.generate([{**FAST, "modules": ["block"]}])[0])
+    assert "modules is block" in last(forge)["stood_aside"]
+    assert not forge.errors
+
+
+def test_a1111_merges_whole_blocks(a1111: A1111) -> None:
+    plain, _ = a1111.generate([])
+    attention, _ = a1111.generate([FAST])
+    blocks, _ = a1111.generate([{**FAST, "modules": ["block"]}])
+    assert last(a1111)["passes"][0]["statistics"]["merged_fraction"] == pytest.approx(0.5)
+    assert not same(blocks, plain)
+    assert not same(blocks, attention)
+    assert same(plain, a1111.generate([])[0])
+    assert not a1111.errors
+
+
 def test_forge_leaves_attention_that_others_replace_to_them(forge: Forge) -> None:
     from webui import UnetPatcher, attention_function
 

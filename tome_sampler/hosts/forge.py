@@ -51,8 +51,13 @@ class ForgePass:
         """A clone of the host's ``UnetPatcher`` that merges; `unet` itself is left as it was.
 
         Raises:
-            ValueError: the model has no attention to merge.
+            ValueError: the model has no attention to merge, or none of what should be merged can be here.
         """
+        modules = self.session.config.modules
+        if "attn1" not in modules:
+            raise ValueError(f"modules is {'+'.join(modules)}, and this host lets only attn1 be merged")
+        if len(modules) > 1:
+            self.session.note("this host lets only attn1 be merged: the other modules run on all tokens")
         model = getattr(unet.model, "diffusion_model", None)
         names = [name for name, _ in model.named_modules()] if isinstance(model, nn.Module) else []
         if not any(name.rsplit(".", 1)[-1] == "attn1" for name in names):
