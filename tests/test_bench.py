@@ -1,0 +1,385 @@
+"""`tome-sampler bench`: what is measured is what is said to be. Never how fast it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_hooks import same, trace
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from tqdm import tqdm
+
+from tome_sampler import MergeConfig, MergeSession, Pairing
+from tome_sampler.attention import proportional_attention
+from tome_sampler.bench import memory
+from tome_sampler.bench.architectures import ARCHITECTURES, build
+from tome_sampler.bench.chosen import EVERYTHING, choose
+from tome_sampler.bench.host import Host
+from tome_sampler.bench.limits import Bound, ZeroOverhead, plan_of, record
+from tome_sampler.bench.methods import Merged, Method
+from tome_sampler.bench.parts import profiled
+from tome_sampler.bench.peers import CaTome, TomeSd, threshold_for
+from tome_sampler.bench.rounds import Rounds, rotated
+from tome_sampler.cli import main
+
+KEYS = {
+    *("method", "arch", "size", "batch", "dtype", "device", "backend", "seconds", "speedup"),
+    *("share_of_bound", "overhead_refresh", "overhead_reuse", "peak_mb"),
+}
+SIGMA = 2.0
+HALF = MergeConfig(ratio=0.5, threshold=None, min_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def host() -> Host:
+    model = build("tiny", torch.float32, torch.device("cpu"), seed=0)
+    return Host("tiny", ARCHITECTURES["tiny"], model, size=128, batch=1)
+
+
+@pytest.fixture(scope="module")
+def inputs(host: Host) -> tuple[Tensor, Tensor]:
+    return host.inputs(host.noise * SIGMA, SIGMA)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """One run through the command line: its JSON and its table."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = ["bench", "--arch", "tiny", "--methods", "plain,bound,tomesd,default", "--repeats", "2", "--steps", "3"]
+    files = ["--json", str(folder / "bench.json"), "--markdown", str(folder / "bench.md")]
+    assert main([*arguments, "--quiet", *files]) == 0
+    return json.loads((folder / "bench.json").read_text()), (folder / "bench.md").read_text()
+
+
+def rows(written: tuple[dict[str, Any], str], kind: str) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in written[0]["results"] if row["kind"] == kind}
+
+
+def test_json_has_a_row_for_each_method_with_every_key(written: tuple[dict[str, Any], str]) -> None:
+    data, table = written
+    assert data.keys() == {"machine", "results"}
+    limits = {"plain", "bound", "zero_overhead", "zero_overhead:tomesd"}  # tomesd's keys do not gain log(size)
+    assert rows(written, "step").keys() == {*limits, "tomesd", "default/refresh", "default/reuse"}
+    assert rows(written, "run").keys() == {*limits, "tomesd", "default"}
+    assert rows(written, "composed").keys() == {"default"}
+    for row in data["results"]:
+        assert row.keys() >= KEYS
+        assert (row["arch"], row["size"], row["batch"], row["dtype"], row["device"]) == ("tiny", 128, 1, "fp32", "cpu")
+        assert row["seconds"] > 0
+        assert f"| {row['method']} |" in table
+    assert data["machine"]["clock"] == "process CPU time"
+    assert "random weights" in " ".join(data["machine"]["notes"])
+
+
+def test_figures_follow_from_each_other(written: tuple[dict[str, Any], str]) -> None:
+    steps, runs = rows(written, "step"), rows(written, "run")
+    assert steps["plain"]["speedup"] == runs["plain"]["speedup"] == 1
+    assert steps["zero_overhead"]["share_of_bound"] == 1
+    for name in ("default/refresh", "default/reuse"):
+        phase = name.partition("/")[2]
+        assert steps[name]["share_of_bound"] == pytest.approx(1 - steps[name][f"overhead_{phase}"], abs=0.2)
+    assert steps["tomesd"]["overhead_reuse"] is None  # it never does
+    run = runs["default"]
+    assert run["speedup"] == pytest.approx(runs["plain"]["seconds"] / run["seconds"])
+    assert run["share_of_bound"] == pytest.approx(runs["zero_overhead"]["seconds"] / run["seconds"])
+    assert run["seconds_run"] == pytest.approx(3 * run["seconds"])
+
+
+def test_steps_that_reuse_pairs_match_nothing(written: tuple[dict[str, Any], str]) -> None:
+    steps = rows(written, "step")
+    refresh, reuse = (steps[f"default/{phase}"]["launches_per_layer"] for phase in ("refresh", "reuse"))
+    assert refresh["matching"] > reuse["matching"] == 0
+    assert reuse["merge"] > 0
+    assert reuse["unmerge"] > 0
+    assert steps["tomesd"]["launches_per_layer"]["matching"] > 0
+    assert steps["default/reuse"]["merged_fraction"] == steps["tomesd"]["merged_fraction"] == 0.5
+    assert rows(written, "run")["default"]["steps_with_new_pairs"] == 3  # in three steps, sigma falls fast
+
+
+class Noted(Method):
+    """A method that notes its calls."""
+
+    def __init__(self, name: str, host: Host, calls: list[str]) -> None:
+        super().__init__(name, host)
+        self._calls = calls
+
+    def call(self, inputs: tuple[Tensor, Tensor], sigma: float, step: int) -> Tensor:
+        self._calls.append(self.name)
+        return super().call(inputs, sigma, step)
+
+
+def test_methods_take_turns(host: Host) -> None:
+    assert [rotated("abc", n) for n in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    calls: list[str] = []
+    methods = [Noted(name, host, calls) for name in "abc"]
+    found = Rounds(host, methods, repeats=3, steps=[2], bound=False).measure(tqdm(disable=True))
+    # a warm-up round, three timed ones, one under the profiler, a run of two steps
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc" + "abc" + "bca"
+    assert {name: len(taken) for name, taken in found.steps.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(taken) for name, taken in found.runs[2].items()} == {"a": 2, "b": 2, "c": 2}
+
+
+@contextmanager
+def attention_seen(model: nn.Module) -> Iterator[dict[str, tuple[int, bool]]]:
+    """How many tokens each self-attention projects, and whether log(size) is in force."""
+    seen: dict[str, tuple[int, bool]] = {}
+    layers = {n: m for n, m in model.named_modules() if n.endswith("attn1.to_q")}
+
+    def see(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            modes = _get_current_function_mode_stack()
+            seen[name] = args[0].shape[1], any(isinstance(mode, proportional_attention) for mode in modes)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(see(name)) for name, module in layers.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_zero_overhead_does_the_attention_of_its_method_and_no_more(
+    host: Host, inputs: tuple[Tensor, Tensor], proportional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Merged("default", host, HALF.with_(proportional=proportional))
+    ours.begin("refresh", SIGMA)
+    with torch.no_grad(), attention_seen(host.model) as merged:
+        plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
+        seen, _ = record(ours, inputs, SIGMA, 0)
+    plan = plan_of(seen, plain)
+    zero, bound = ZeroOverhead("zero_overhead", host, plan), Bound("bound", host, plan)
+    for owner, name in ((MergeSession, "merge"), (Pairing, "merge"), (Pairing, "unmerge")):
+        monkeypatch.delattr(owner, name)  # neither may be needed
+    with torch.no_grad(), attention_seen(host.model) as free, zero.on():
+        out = zero.call(inputs, SIGMA, 0)
+    assert free == merged
+    assert {tokens for tokens, _ in free.values()} == {128, 64}  # half of 256 on the finest level, 64 on the next
+    assert {mode for tokens, mode in free.values() if tokens == 128} == {proportional}
+    assert out.shape == (2, 4, 16, 16)
+    with torch.no_grad(), attention_seen(host.model) as left, bound.on():
+        bound.call(inputs, SIGMA, 0)
+    assert {tokens for tokens, _ in left.values()} == {64}  # the merged layers do not even project
+
+
+def everything(host: Host, inputs: tuple[Tensor, Tensor]) -> list[Method]:
+    methods = [Merged("default", host, HALF), Merged("ca_tome", host, HALF.with_(metric="block", proportional=False))]
+    plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
+    methods[0].begin("refresh", SIGMA)
+    plan = plan_of(record(methods[0], inputs, SIGMA, 0)[0], plain)
+    return [*methods, Bound("bound", host, plan), ZeroOverhead("zero_overhead", host, plan)]
+
+
+@torch.no_grad()
+def test_methods_leave_the_model_as_it_was_and_keep_what_they_know(host: Host, inputs: tuple[Tensor, Tensor]) -> None:
+    pytest.importorskip("tomesd")
+    pytest.importorskip("ca_tome")
+    methods = [
+        *everything(host, inputs),
+        TomeSd("tomesd", host, {"ratio": 0.5}),
+        CaTome("ca-tome", host, {"r": threshold_for(0.5, host, inputs)}),
+    ]
+    before, plain = trace(host.model), host(inputs)
+    for method in methods:
+        for phase in method.phases:
+            method.begin(phase, SIGMA)
+            with method.on():
+                assert not same(before, trace(host.model)), f"{method.name} does nothing"
+                out = method.call(inputs, SIGMA, 0)
+            assert not torch.equal(out, plain), f"{method.name} does nothing"
+            assert same(before, trace(host.model)), f"{method.name} leaves a trace"
+            assert torch.equal(host(inputs), plain)
+        with pytest.raises(KeyboardInterrupt), method.on():
+            raise KeyboardInterrupt
+        assert same(before, trace(host.model)), f"{method.name} leaves a trace after an exception"
+
+
+@torch.no_grad()
+def test_ca_tome_merges_as_much_as_it_is_asked_to_and_keeps_its_pairs(
+    host: Host, inputs: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ca_tome")
+    method = CaTome("ca-tome", host, {"r": threshold_for(0.5, host, inputs), "use_rand": False})
+    plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
+    method.begin("refresh", SIGMA)
+    plan = plan_of(record(method, inputs, SIGMA, 0)[0], plain)
+    kept = sum(short.shape[1] for short in plan.values()) / sum(short.tokens for short in plan.values())
+    assert kept == pytest.approx(0.5, abs=0.1)
+    method.begin("reuse", SIGMA)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "argsort", None)  # matching sorts; reuse must not
+        assert plan_of(record(method, inputs, SIGMA, 0)[0], plain).keys() == plan.keys()
+    assert method.made_in([1.0] * 20) == (5, 15)  # steps 1, 8, 11, 13 and 20
+
+
+def test_a_run_makes_pairs_as_often_as_the_policy_says(host: Host) -> None:
+    ours = Merged("default", host, HALF)
+    sigmas = host.sigmas(20)
+    assert sigmas == sorted(sigmas, reverse=True)
+    ours.restart(sigmas)
+    with torch.no_grad():
+        for step, sigma in enumerate(sigmas):
+            with ours.on():
+                ours.call(host.inputs(host.noise * sigma, sigma), sigma, step)
+    made, reused = ours.made_in(sigmas)
+    assert ours.made_in_run() == made
+    assert made + reused == 20
+    assert 1 < made < 20
+    assert Merged("always", host, HALF.with_(refresh=MergeConfig.preset("importance").refresh)).phases == ("refresh",)
+
+
+def test_a_package_that_fails_costs_its_row_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tomesd")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr("tomesd.apply_patch", fail)
+    methods = [Method("plain", host), TomeSd("tomesd", host, {})]
+    found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
+    assert found.steps.keys() == {"plain"}
+    assert found.notes == ["tomesd does not run on tiny: TypeError: no such argument"]
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    held: list[Tensor] = []
+
+    def call() -> None:
+        a = torch.zeros(1000, 1000)
+        del a
+        b, c = torch.zeros(500, 1000), torch.zeros(700, 1000)
+        held.append(b + c[:500])
+
+    cost, left = profiled(call, torch.device("cpu"), before=10)
+    assert cost.peak == pytest.approx(10 + 4 * (500 + 700 + 500) * 1000, rel=0.01)
+    assert left == pytest.approx(10 + 4 * 500 * 1000, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ("plain,tomesd,default", ["tomesd", "default"]),
+        ("default:ratio=0.7,stride=4,quality", ["default:ratio=0.7,stride=4", "quality"]),
+        ("fast:refresh=sigma_3", ["fast:refresh=sigma_3"]),
+    ],
+)
+def test_methods_are_given_with_commas(given: str, labels: list[str]) -> None:
+    chosen, bound, notes = choose(given, quick=False, runs=False)
+    assert [method.label for method in chosen] == labels
+    assert not bound
+    assert not notes
+
+
+def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("tomesd", "ca_tome", "DeepCache", "hyper_tile"):
+        monkeypatch.setitem(sys.modules, package, None)
+    chosen, bound, notes = choose(None, quick=False, runs=True)
+    assert [method.name for method in chosen] == ["ca_tome", "default"]
+    assert bound
+    assert len(chosen) + len(notes) + 3 == len(EVERYTHING)
+    assert "deepcache is not in the table: the package DeepCache was not installed" in notes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "sd3"], "arch is 'sd3'; it must be one of sd15, sd21, sdxl, embedded, tiny"),
+        (["--size", "500"], "size is '500'; it must be a multiple of 64 from 512 to 2048"),
+        (["--size", "4096"], "size is '4096'; it must be a multiple of 64 from 512 to 2048"),
+        (["--batch", "0"], "batch is '0'; it must be a whole number from 1 to 64"),
+        (["--dtype", "int8"], "dtype is 'int8'; it must be one of fp32, bf16, fp16"),
+        (["--device", "tpu"], "device is 'tpu'; it must be cpu, cuda or cuda:NUMBER"),
+        (["--device", "cuda:99"], "device is 'cuda:99'; torch sees"),
+        (["--backend", "fast"], "backend is 'fast'; it must be one of auto, flash, efficient, math, xformers"),
+        (["--ratio", "1.5"], "ratio is 1.5; it must be from 0 to 0.9375"),
+        (["--ratio", "0.9", "--methods", "tomesd"], "ratio is 0.9; with tomesd, which never merges more"),
+        (["--methods", "tomseed"], "method is 'tomseed'; it must be one of plain, bound, zero_overhead, tomesd"),
+        (["--methods", "default,default"], "it must name each one once"),
+        (["--methods", "default:ratio"], "override is 'ratio'; it must be field=value"),
+        (["--methods", "default:ratio=0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
+        (["--methods", "default:refresh=often"], "refresh is 'often'; it must be always, once, sigma_RATIO"),
+        (["--methods", "plain:ratio=0.5"], "plain takes no overrides"),
+        (["--modules", "attn3"], "modules is 'attn3'; it must be one of attn1"),
+        (["--steps", "1"], "steps is 1; it must be 0"),
+        (["--repeats", "0"], "repeats is 0; it must be from 1 to 1000"),
+        (["--threads", "0"], "threads is 0; it must be from 1"),
+        (["--seed", "-1"], "seed is -1; it must be from 0"),
+        (["--checkpoint", "none.safetensors"], "arch is tiny; with a checkpoint it must be one of sd15, sd21, sdxl"),
+        (["--arch", "sd15", "--checkpoint", "none.safetensors"], "checkpoint is 'none.safetensors'; it must be"),
+        (["--json", "no/such/folder/bench.json"], "there is no folder no/such/folder"),
+    ],
+)
+def test_what_the_user_gets_wrong_is_said_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--arch", "tiny", "--quiet", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("tomesd", ["--methods", "plain,tomesd"], "pip install --no-deps tomesd"),
+        ("DeepCache", ["--methods", "default+deepcache", "--steps", "2"], "pip install --no-deps DeepCache"),
+        ("matplotlib", ["--plot", "bench.png"], "--plot needs matplotlib, which is not installed"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_measured(
+    package: str,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["bench", "--arch", "tiny", "--quiet", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_what_does_not_fit_into_memory_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: 4 * 2**30)
+    assert main(["bench", "--arch", "sdxl", "--dtype", "bf16", "--quiet"]) == 2
+    assert "the weights of sdxl in bfloat16: 4.8 GB are needed and 4.0 GB are free on cpu" in capsys.readouterr().err
+
+
+def test_layouts_are_the_published_ones() -> None:
+    """By their numbers of parameters and of self-attention layers."""
+    from diffusers import UNet2DConditionModel
+
+    for name, parameters, layers in (("sd15", 859520964, 16), ("sd21", 865910724, 16), ("sdxl", 2567463684, 70)):
+        with torch.device("meta"):
+            model = UNet2DConditionModel(**ARCHITECTURES[name].config)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert sum(n.endswith("attn1") for n, _ in model.named_modules()) == layers
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_checkpoint_is_loaded(host: Host, inputs: tuple[Tensor, Tensor], single: bool, tmp_path: Path) -> None:
+    host.model.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors" if single else tmp_path
+    model = build("tiny", torch.float32, torch.device("cpu"), seed=1, checkpoint=path)
+    with torch.no_grad():
+        assert torch.equal(Host("tiny", ARCHITECTURES["tiny"], model, size=128, batch=1)(inputs), host(inputs))
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert "tome-sampler bench --arch sd15 --size 512" in capsys.readouterr().out

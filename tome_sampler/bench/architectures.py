@@ -1,0 +1,185 @@
+"""Models to measure: the layouts that people run, with random weights, or the embedded one with its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tome_sampler.bench.memory import require_memory
+
+Prediction = Literal["eps", "v"]
+_DOWN, _UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+
+
+def call_unet(model: nn.Module, x: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
+    """One call as diffusers' pipelines make it; positional, as tomesd and DeepCache read it."""
+    out: Tensor = model(x, timestep, return_dict=False, **conditioning)[0]
+    return out
+
+
+def conditioning_of_unet(model: nn.Module, rows: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """Random text, as much and as wide as the model takes, for `rows` batch rows."""
+    config: Any = model.config
+    given = {"encoder_hidden_states": torch.randn(rows, 77, config.cross_attention_dim, generator=generator).to(dtype)}
+    if config.addition_embed_type != "text_time":
+        return given
+    sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).expand(rows, -1)  # SDXL: original, crop, target
+    pooled = config.projection_class_embeddings_input_dim - sizes.shape[1] * config.addition_time_embed_dim
+    text = torch.randn(rows, pooled, generator=generator)
+    return {**given, "added_cond_kwargs": {"text_embeds": text.to(dtype), "time_ids": sizes.to(dtype)}}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model that can be measured.
+
+    config: as published, of the diffusers class `model`. size: pixels, for a model that has only one. scale: pixels for
+    each latent's side. trained: its weights are real, so that presets run as they are. settings: of presets, where
+    the model needs others. call, conditioning: how it is called, and with what beside latent and timestep.
+    """
+
+    config: Mapping[str, Any]
+    model: str = "UNet2DConditionModel"
+    prediction: Prediction = "eps"
+    size: int | None = None
+    scale: int = 8
+    trained: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    call: Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Tensor] = call_unet
+    conditioning: Callable[[nn.Module, int, torch.dtype, torch.Generator], dict[str, Any]] = conditioning_of_unet
+
+
+_STABLE_DIFFUSION: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (_DOWN, _DOWN, _DOWN, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", _UP, _UP, _UP),
+}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "sd15": Architecture({**_STABLE_DIFFUSION, "sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}),
+    "sd21": Architecture(
+        {
+            **_STABLE_DIFFUSION,
+            "sample_size": 96,
+            "attention_head_dim": (5, 10, 20, 20),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        prediction="v",
+    ),
+    "sdxl": Architecture(
+        {
+            **_STABLE_DIFFUSION,
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", _DOWN, _DOWN),
+            "up_block_types": (_UP, _UP, "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        }
+    ),
+    "embedded": Architecture({}, prediction="v", size=128, scale=2, trained=True),
+    "tiny": Architecture(  # for tests: the same blocks, on 256 and 64 tokens
+        {
+            **_STABLE_DIFFUSION,
+            "sample_size": 16,
+            "block_out_channels": (16, 32),
+            "down_block_types": (_DOWN, _DOWN),
+            "up_block_types": (_UP, _UP),
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "cross_attention_dim": 8,
+            "norm_num_groups": 8,
+        },
+        size=128,
+        settings={"min_tokens": 0},
+    ),
+}
+"""The models that can be measured, by name. Another one is a line here: its class and configuration, and where its call
+differs from a U-Net's, the two functions for that."""
+
+
+def build(name: str, dtype: torch.dtype, device: torch.device, seed: int, checkpoint: Path | None = None) -> nn.Module:
+    """A model in evaluation mode, without gradients; it is in memory once.
+
+    Raises:
+        ValueError: its weights do not fit into the memory that is free. ImportError: there is no diffusers.
+    """
+    architecture = ARCHITECTURES[name]
+    if name == "embedded":
+        from tome_sampler import demo
+
+        own = copy.deepcopy(demo.load_model().unet)  # the caller's object stays as it is
+        return nn.Module.to(own, device, dtype)
+    if checkpoint is not None:
+        return _load(architecture, checkpoint, dtype).to(device).eval().requires_grad_(False)
+    with torch.device("meta"):
+        model: nn.Module = _class_of(architecture)(**architecture.config)
+    model = nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers's own warns of each change
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    require_memory(weights, device, f"the weights of {name} in {str(dtype).removeprefix('torch.')}")
+    return _fill(model.to_empty(device=device), seed)
+
+
+def _class_of(architecture: Architecture) -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise ImportError("diffusers is not installed; pip install 'tome-sampler[demo]' brings it") from None
+    return getattr(diffusers, architecture.model)
+
+
+def _fill(model: nn.Module, seed: int) -> nn.Module:
+    """Random weights that neither blow up nor die out: norms pass, all else keeps the variance."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, math.sqrt(1 / parameter[0].numel()), generator=generator)
+    for module in model.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
+            module.weight.data.fill_(1)
+        if isinstance(getattr(module, "bias", None), Tensor):
+            module.bias.data.zero_()  # type: ignore[operator]
+    return model
+
+
+def _load(architecture: Architecture, path: Path, dtype: torch.dtype) -> nn.Module:
+    """The U-Net of a diffusers folder (its own, or a pipeline's) or of a single file; nothing is downloaded."""
+    if not path.exists():
+        raise ValueError(
+            f"checkpoint is {str(path)!r}; it must be a diffusers folder or a safetensors file that exists"
+        )
+    kind = _class_of(architecture)
+    require_memory(_size_of(path), torch.device("cpu"), f"the weights of {path.name}")
+    if path.is_dir():
+        folder = path / "unet" if (path / "unet").is_dir() else path
+        model: nn.Module = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        return model
+    with tempfile.TemporaryDirectory() as folder_of_config:  # without it, diffusers would ask the hub for one
+        with torch.device("meta"):
+            kind(**architecture.config).save_config(folder_of_config)
+        model = kind.from_single_file(path, config=folder_of_config, torch_dtype=dtype, local_files_only=True)
+    return model
+
+
+def _size_of(path: Path) -> int:
+    files = [path] if path.is_file() else list((path / "unet" if (path / "unet").is_dir() else path).glob("*"))
+    return max((file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin")), default=0)

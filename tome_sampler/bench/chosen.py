@@ -1,0 +1,122 @@
+"""Methods as the command line names them: "plain,tomesd,default:ratio=0.7,stride=4,default+deepcache"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tome_sampler.bench.host import Host
+from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method, Stacked, config_of, value_of
+from tome_sampler.bench.peers import PACKAGES, CaTome, DeepCache, HyperTile, TomeSd, package_of, threshold_for
+from tome_sampler.config import PRESETS, MergeConfig
+
+LIMITS = ("plain", "bound", "zero_overhead")
+OURS = tuple(name for name in PRESETS if name not in PACKAGES)
+EVERYTHING = (*LIMITS, "tomesd", "ca-tome", "ca_tome", "default", "deepcache", "hypertile", "default+deepcache")
+QUICK = (*LIMITS, "tomesd", "default")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method as it was asked for. label: all of it. name: without its overrides."""
+
+    label: str
+    name: str
+    overrides: dict[str, str]
+
+    @property
+    def preset(self) -> str | None:
+        """The preset of ours that it runs, if it does."""
+        above = self.name.partition("+")[0]
+        return above if above in OURS else None
+
+    def config(self, common: dict[str, Any]) -> MergeConfig | None:
+        """The configuration of one of our presets, with what all of them are given here."""
+        return None if self.preset is None else config_of(self.preset, self.overrides, common)
+
+    def on(self, host: Host, ratio: float, common: dict[str, Any]) -> Method:
+        """The method at work on a model."""
+        config, arguments = self.config(common), {k: value_of(k, v) for k, v in self.overrides.items()}
+        if self.name == "tomesd":
+            return TomeSd(self.label, host, {"ratio": ratio, **arguments})
+        if self.name == "ca-tome":
+            if "r" not in arguments and not host.architecture.trained:
+                arguments["r"] = _threshold(ratio, host)
+            return CaTome(self.label, host, arguments)
+        if self.name == "hypertile":
+            return HyperTile(self.name, host)
+        if config is None:
+            return DeepCache(self.name, host)
+        merged = Merged(self.label, host, config)
+        return Stacked(self.label, DeepCache("deepcache", host), merged) if "+" in self.name else merged
+
+
+@torch.no_grad()
+def _threshold(ratio: float, host: Host) -> float:
+    sigma = host.sigmas(USUAL_STEPS)[USUAL_STEPS // 2]
+    return threshold_for(ratio, host, host.inputs(host.noise * sigma, sigma))
+
+
+def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen, ...], bool, tuple[str, ...]]:
+    """The methods but for the limits, whether the bound is among those asked for, and what was left out and why.
+
+    Args:
+        given: the command line's, or None: all that can be had. quick: fewer of them. runs: there will be whole runs.
+
+    Raises:
+        ValueError: a name is unknown, or is there twice. ImportError: a package that was asked for is not installed.
+    """
+    labels = _split(given) if given is not None else list(QUICK if quick else EVERYTHING)
+    chosen, notes = [], []
+    for label in labels:
+        name, _, rest = label.partition(":")
+        _known(name)
+        package = name.rpartition("+")[2]
+        if package in PACKAGES:
+            if given is None and find_spec(PACKAGES[package][0]) is None:
+                notes.append(f"{name} is not in the table: the package {PACKAGES[package][0]} was not installed")
+                continue
+            package_of(package)
+        if package == "deepcache" and not runs:
+            notes.append(
+                f"{name} is not in the table: it works from step to step, and there were no whole runs (--steps)"
+            )
+            continue
+        if name not in LIMITS:
+            chosen.append(Chosen(label, name, dict(_override(piece) for piece in rest.split(",") if piece)))
+        elif rest:
+            raise ValueError(f"method is {label!r}; {name} takes no overrides")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"methods is {given!r}; it must name each one once")
+    return tuple(chosen), "bound" in labels, tuple(notes)
+
+
+def _split(given: str) -> list[str]:
+    """A "field=value" on its own belongs to the method before it."""
+    labels: list[str] = []
+    for piece in (piece.strip() for piece in given.split(",")):
+        if labels and "=" in piece and ":" not in piece:
+            labels[-1] += f",{piece}"
+        else:
+            labels.append(piece)
+    return labels
+
+
+def _known(name: str) -> None:
+    known = (*LIMITS, *PACKAGES, *OURS)
+    above, _, below = name.partition("+")
+    if name not in known and not (below == "deepcache" and above in OURS):
+        raise ValueError(
+            f"method is {name!r}; it must be one of {', '.join(known)}, or PRESET+deepcache; with fields after a "
+            "colon: default:ratio=0.7"
+        )
+
+
+def _override(text: str) -> tuple[str, str]:
+    field, equals, value = text.partition("=")
+    if not (equals and field and value):
+        raise ValueError(f"override is {text!r}; it must be field=value")
+    return field, value

@@ -1,0 +1,110 @@
+"""Measure how fast merging is, how fast it could be, and how fast other packages are, in one interleaved run.
+
+Methods, in turn within each round:
+  plain          the model as it is
+  bound          the merged layers return at once: nothing that merges these layers can be faster
+  zero_overhead  the merged layers are given ready-made short sequences: matching, merging and unmerging cost nothing
+  tomesd         the package tomesd; ca-tome: the package ca-tome, with pairs made (/refresh) and reused (/reuse)
+  default ...    any preset of ours, e.g. ca_tome, quality, fast: NAME/refresh makes pairs in this step, NAME/reuse uses
+                 those of the step before, NAME is the mix of both in a run. Fields after a colon: default:ratio=0.7
+  deepcache, hypertile, PRESET+deepcache   for comparison, if these packages are installed
+
+plain and zero_overhead are always measured: all figures are relative to them. Models have the published layouts and
+random weights, on which a similarity means nothing: there, presets merge --ratio of the tokens, without a threshold.
+"embedded" is the small trained model of the demonstration; it runs the presets as they are.
+
+examples:
+  tome-sampler bench --arch embedded --quick
+  tome-sampler bench --arch sd15 --size 512 --methods plain,bound,tomesd,ca_tome,default
+  tome-sampler bench --arch sd15,sdxl --size 512,1024 --dtype bf16 --steps 20,50 --json bench.json --plot bench.png
+  tome-sampler bench --arch sd15 --device cuda --dtype fp16 --backend flash --batch 1,4 --methods default:ratio=0.7
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "how fast merging is, how fast it could be, how fast others are"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("what is measured")
+    model.add_argument(
+        "--arch",
+        default="sd15",
+        metavar="A,B",
+        help="sd15, sd21, sdxl, embedded; tiny, for tests (default %(default)s)",
+    )
+    model.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="real weights for --arch: a diffusers folder or a single .safetensors file, local",
+    )
+    model.add_argument(
+        "--size",
+        default="512",
+        metavar="N,M",
+        help="pixels a side, multiples of 64 from 512 to 2048; embedded and tiny have 128 (default %(default)s)",
+    )
+    model.add_argument(
+        "--batch", default="1", metavar="N,M", help="images; guidance doubles them (default %(default)s)"
+    )
+    model.add_argument("--dtype", default="fp32", metavar="D", help="fp32, bf16 or fp16 (default %(default)s)")
+    model.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default %(default)s)")
+    model.add_argument(
+        "--backend",
+        default="auto",
+        metavar="B",
+        help="attention kernels: auto, flash, efficient, math, or xformers (default %(default)s)",
+    )
+    what = parser.add_argument_group("methods")
+    what.add_argument("--methods", metavar="A,B", help="see above (default: all that can be had)")
+    what.add_argument(
+        "--ratio", type=float, default=0.5, help="tokens merged by tomesd, and on random weights (default %(default)s)"
+    )
+    what.add_argument("--modules", metavar="A,B", help="parts of a block that presets merge, as MergeConfig's modules")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--steps",
+        default="0",
+        metavar="N,M",
+        help="also whole runs of so many steps, with the refresh policy in force; 0: none (default %(default)s)",
+    )
+    how.add_argument("--repeats", type=int, help="timed rounds (default 5; 1 with --quick)")
+    how.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; with one, its CPU time is measured (default %(default)s)",
+    )
+    how.add_argument("--quick", action="store_true", help="one round, fewer methods: does it work, roughly how fast")
+    how.add_argument("--seed", type=int, default=0, help="of weights, noise and packages (default %(default)s)")
+    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    out = parser.add_argument_group("output, besides the printed table")
+    out.add_argument("--json", type=Path, metavar="FILE", help='everything: {"machine": ..., "results": [...]}')
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="speed-ups as a picture (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tome_sampler.bench import report
+    from tome_sampler.bench.measure import measure
+    from tome_sampler.bench.settings import Settings
+
+    pyplot: Any = report.plotter() if args.plot else None
+    for path in (args.json, args.markdown, args.plot):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    machine, rows = measure(Settings.of(args), progress=not args.quiet)
+    text = report.markdown(machine, rows)
+    print(text, end="")
+    if args.json:
+        report.write_json(args.json, machine, rows)
+    if args.markdown:
+        args.markdown.write_text(text)
+    if args.plot:
+        report.plot(pyplot, rows, args.plot)
+    return 0

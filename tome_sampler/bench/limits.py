@@ -1,0 +1,182 @@
+"""How fast it could be: merged layers that return at once, and merged layers whose matching and merging are free."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from tome_sampler.attention import proportional_attention
+from tome_sampler.bench.host import Host
+from tome_sampler.bench.methods import Inputs, Method
+
+_PARTS = ("attn1", "attn2", "ff")
+
+
+@dataclass(frozen=True, eq=False)
+class Short:
+    """A module that gets (rows m channels), `shape`, where it gets `tokens` tokens without merging. log_size: what
+    its keys' logits gain, if they do. outer: no module around it gets a short sequence too."""
+
+    shape: torch.Size
+    tokens: int
+    log_size: Tensor | None
+    outer: bool
+
+
+Plan = dict[str, Short]
+"""What merging makes of a call: each module that works on a short sequence."""
+
+Seen = dict[str, tuple[torch.Size, Tensor | None]]
+"""What each module works on in a call: the shape, and the log(size) in force."""
+
+
+def _candidates(root: nn.Module) -> dict[str, nn.Module]:
+    """Transformer blocks and their parts; a block comes before what it holds."""
+    found: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        if isinstance(getattr(module, "attn1", None), nn.Module):
+            found[name] = module
+            parts = {part: getattr(module, part, None) for part in _PARTS}
+            found |= {f"{name}.{part}": m for part, m in parts.items() if isinstance(m, nn.Module)}
+    return found
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+@contextmanager
+def shapes_seen(root: nn.Module) -> Iterator[Seen]:
+    """Within it, what modules work on is noted, after all hooks that are there before: enter it when a method is on."""
+    seen: Seen = {}
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, proportional_attention)]
+        seen[name] = _first(args, kwargs).shape, modes[-1].log_size if modes else None
+
+    with ExitStack() as stack:
+        for name, module in _candidates(root).items():
+            stack.enter_context(module.register_forward_pre_hook(partial(see, name), with_kwargs=True))
+        yield seen
+
+
+def plan_of(seen: Seen, plain: Seen) -> Plan:
+    """What is shorter than in a plain call."""
+    plan: Plan = {}
+    for name, (shape, log_size) in seen.items():
+        tokens = plain[name][0][1]
+        if shape[1] < tokens:
+            block = name.rpartition(".")[0]
+            plan[name] = Short(shape, tokens, log_size, outer=block not in plan)
+    return plan
+
+
+def signature(plans: list[Plan]) -> tuple[Any, ...]:
+    """Two methods with the same one do the same work, matching and merging apart."""
+    return tuple(tuple((name, s.shape, s.log_size is not None, s.outer) for name, s in p.items()) for p in plans)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within it, `forward` stands in for the module's own."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+
+class Limit(Method):
+    """A method that works from the plans of another one: one for a step alone, and those of whole runs, by length."""
+
+    def __init__(self, name: str, host: Host, plan: Plan, runs: dict[int, list[Plan]] | None = None) -> None:
+        super().__init__(name, host)
+        self._plan, self._runs = plan, runs or {}
+        self._coming: Iterator[Plan] = itertools.repeat(plan)
+
+    def begin(self, phase: str, sigma: float) -> None:
+        self._coming = itertools.repeat(self._plan)
+
+    def restart(self, sigmas: list[float]) -> None:
+        self._coming = iter(self._runs.get(len(sigmas), [self._plan] * len(sigmas)))
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, short in next(self._coming).items():
+                module = self.host.model.get_submodule(name)
+                stack.enter_context(_forward(module, self.stand_in(module, short)))
+            yield
+
+    def stand_in(self, module: nn.Module, short: Short) -> Any:
+        """What the module does instead."""
+        raise NotImplementedError
+
+
+class Bound(Limit):
+    """The merged layers return at once: no merging of these layers can be faster."""
+
+    def stand_in(self, module: nn.Module, short: Short) -> Any:
+        return (lambda *args, **kwargs: _first(args, kwargs)) if short.outer else module.forward
+
+
+class ZeroOverhead(Limit):
+    """The merged layers are given ready-made short sequences, and a ready-made long result is taken for theirs."""
+
+    def __init__(self, name: str, host: Host, plan: Plan, runs: dict[int, list[Plan]] | None = None) -> None:
+        super().__init__(name, host, plan, runs)
+        self._ready: dict[tuple[int, ...], Tensor] = {}
+
+    def _sequence(self, rows: int, tokens: int, channels: int) -> Tensor:
+        shape = (rows, tokens, channels)
+        if shape not in self._ready:
+            generator = torch.Generator().manual_seed(0)
+            self._ready[shape] = torch.randn(shape, generator=generator).to(self.host.device, self.host.dtype)
+        return self._ready[shape]
+
+    def stand_in(self, module: nn.Module, short: Short) -> Any:
+        forward = module.forward
+        given = self._sequence(*short.shape)
+        result = self._sequence(short.shape[0], short.tokens, short.shape[2])
+        heads = getattr(module, "heads", None)
+
+        def ready(*args: Any, **kwargs: Any) -> Any:
+            x, mode = _first(args, kwargs), _mode(short.log_size, heads)
+            with mode:
+                if not short.outer:  # what is around it has been given a short sequence already
+                    return forward(*args, **kwargs)
+                forward(
+                    *(given if a is x else a for a in args), **{k: given if v is x else v for k, v in kwargs.items()}
+                )
+            return result
+
+        return ready
+
+    def release(self) -> None:
+        self._ready.clear()
+
+
+def _mode(log_size: Tensor | None, heads: Any) -> AbstractContextManager[Any]:
+    if log_size is None:
+        return nullcontext()
+    return proportional_attention(log_size, heads=heads if isinstance(heads, int) else None)
+
+
+def record(method: Method, inputs: Inputs, sigma: float, step: int) -> tuple[Seen, Tensor]:
+    """What each module works on in one call of a method, and what the call gives; not timed."""
+    with method.on(), shapes_seen(method.host.model) as seen:
+        out = method.call(inputs, sigma, step)
+    return seen, out

@@ -1,0 +1,90 @@
+"""From settings to rows: each model is built once, and measured at each size and batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tome_sampler.bench import report
+from tome_sampler.bench.architectures import ARCHITECTURES, build
+from tome_sampler.bench.backends import attention_on
+from tome_sampler.bench.host import Host
+from tome_sampler.bench.memory import require_memory
+from tome_sampler.bench.rounds import Rounds
+from tome_sampler.bench.rows import rows_of
+from tome_sampler.bench.settings import DTYPES, Settings
+
+
+def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The machine, with how it was measured, and a row for each method and kind of step.
+
+    Raises:
+        ValueError: it will not fit into memory, or there is no such attention kernel.
+    """
+    rows: list[dict[str, Any]] = []
+    notes = list(settings.notes)
+    with _threads(settings.threads), torch.random.fork_rng(devices=_cuda(settings.device)):
+        machine = report.machine(settings.device)
+        before = report.load()
+        for name in settings.archs:
+            torch.manual_seed(settings.seed)
+            model = build(name, DTYPES[settings.dtype], settings.device, settings.seed, settings.checkpoint)
+            architecture = replace(ARCHITECTURES[name], trained=settings.trained(name))
+            if not architecture.trained:
+                notes.append(
+                    f"{name} has random weights: similarities mean nothing, so presets merge {settings.ratio:g} of the "
+                    "tokens, without a threshold"
+                )
+            sizes = settings.sizes if architecture.size is None else (architecture.size,)
+            for size, batch in itertools.product(sizes, settings.batches):
+                host = Host(name, architecture, model, size, batch, settings.seed)
+                needed = host.needs(settings.backend == "math")
+                require_memory(needed, settings.device, f"a step of {name} at {size} pixels, batch {batch}")
+                with attention_on(settings.backend, model), _bar(f"{name} {size} x{batch}", progress) as bar:
+                    methods = settings.methods_on(host)
+                    rounds = Rounds(host, methods, repeats=settings.repeats, steps=settings.steps, bound=settings.bound)
+                    found = rounds.measure(bar)
+                common = {
+                    "method": "",
+                    "arch": name,
+                    "size": size,
+                    "batch": batch,
+                    "dtype": settings.dtype,
+                    "device": str(settings.device),
+                    "backend": settings.backend,
+                }
+                rows += rows_of(found, common)
+                notes += [note for note in found.notes if note not in notes]
+            del model, host, methods, rounds, found
+    machine |= {
+        "load": [before, report.load()],
+        "repeats": settings.repeats,
+        "ratio": settings.ratio,
+        "seed": settings.seed,
+        "notes": notes,
+    }
+    return machine, rows
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bar(name: str, progress: bool) -> tqdm[Any]:
+    return tqdm(desc=name, unit="call", disable=not progress, smoothing=0.05)

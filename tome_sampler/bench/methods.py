@@ -1,0 +1,212 @@
+"""What is measured: a way to run the model, put on for a turn and taken off again, its state kept between turns."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tome_sampler.bench.host import Host
+from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.modules import attach
+from tome_sampler.refresh import Always, Drift, EverySteps, Once, Refresh, SigmaRatio
+from tome_sampler.session import Layer, MergeSession, ModelCall
+
+USUAL_STEPS = 20
+"""The run that single steps are taken from, and that a row without --steps is put together for."""
+
+Inputs = tuple[Tensor, Tensor]
+
+
+class Method:
+    """The model as it is: `plain`, and what the other methods differ from.
+
+    Attributes:
+        phases: what a single step of it can be; "refresh" makes pairs, "reuse" uses those of the step before. Empty:
+            it is measured in whole runs only.
+        merges: whether layers get shorter sequences, so that there is a zero_overhead for it.
+        foreign: whether its code is not ours, so that it may fail.
+        varies: whether the lengths depend on what the model sees.
+    """
+
+    phases: tuple[str, ...] = ("",)
+    merges: bool = False
+    foreign: bool = False
+    varies: bool = False
+
+    def __init__(self, name: str, host: Host) -> None:
+        self.name, self.host = name, host
+
+    def on(self) -> AbstractContextManager[None]:
+        """Within it, the method is at work on the model."""
+        return nullcontext()
+
+    def begin(self, phase: str, sigma: float) -> None:
+        """The next call is a single step of this phase, at this noise level."""
+
+    def restart(self, sigmas: list[float]) -> None:
+        """A new run begins."""
+
+    def call(self, inputs: Inputs, sigma: float, step: int) -> Tensor:
+        """The model's output: what is timed. `step` counts from 0 in a run."""
+        del sigma, step
+        return self.host(inputs)
+
+    def made_in(self, sigmas: list[float]) -> tuple[int, int]:
+        """In how many steps of a run it makes pairs, and in how many it uses older ones."""
+        return (len(sigmas), 0)
+
+    def made_in_run(self) -> int:
+        """In how many steps of the run that has ended it made pairs."""
+        return 0
+
+    def release(self) -> None:
+        """Let go of all tensors."""
+
+
+class _Kept(MergeSession):
+    """A session that keeps its pairs when it is taken off the model between turns."""
+
+    def release(self) -> None:
+        pass
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+class Merged(Method):
+    """The model with our merging."""
+
+    merges = True
+
+    def __init__(self, name: str, host: Host, config: MergeConfig) -> None:
+        super().__init__(name, host)
+        self.config = config
+        self.varies = config.threshold is not None
+        sigmas = host.sigmas(USUAL_STEPS)
+        self._session = _Kept(config, sigmas)
+        self.phases = ("refresh", "reuse") if self.made_in(sigmas)[1] else ("refresh",)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        # the session is told of each call below
+        detach = attach(self.host.model, self._session, lambda *_: None, _raise)
+        try:
+            yield
+        finally:
+            detach()
+
+    def begin(self, phase: str, sigma: float) -> None:
+        if phase == "refresh":
+            self._session.reset()
+            if self.host.seen is not None:
+                with self._session.call(self.host.describe(sigma)):  # the latent's size, without which it forgets
+                    pass
+                self._session.observe(*self.host.seen)
+
+    def restart(self, sigmas: list[float]) -> None:
+        self._session = _Kept(self.config, sigmas)
+
+    def call(self, inputs: Inputs, sigma: float, step: int) -> Tensor:
+        del step
+        with self._session.call(self.host.describe(sigma)):
+            out = self.host(inputs)
+        self._session.observe(*self.host.halves(out))
+        return out
+
+    def counted(self) -> tuple[int, int]:
+        """How many layers made pairs in the last call, and how many used older ones."""
+        layers = self._session.stats.calls[-1].layers.values() if self._session.stats.calls else ()
+        return sum(layer.pairings_made for layer in layers), sum(layer.pairings_reused for layer in layers)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the session passed through, and why."""
+        return list(self._session.stats.notes)
+
+    def made_in(self, sigmas: list[float]) -> tuple[int, int]:
+        session = MergeSession(self.config.with_(min_tokens=0, threshold=None), sigmas)
+        x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
+        for sigma in sigmas:  # the policy decides as it does in a model; only drift cannot be known before
+            with session.call(ModelCall(sigma, (8, 8), ("cond",), (0,))):
+                session.merge(Layer("attn1", 0), x)
+        steps = [call.layers["attn1"] for call in session.stats.calls if "attn1" in call.layers]
+        return sum(s.pairings_made for s in steps), sum(s.pairings_reused for s in steps)
+
+    def made_in_run(self) -> int:
+        return sum(any(s.pairings_made for s in call.layers.values()) for call in self._session.stats.calls)
+
+    def release(self) -> None:
+        self._session = _Kept(self.config, self.host.sigmas(USUAL_STEPS))
+
+
+class Stacked(Method):
+    """Two methods at once, on top of each other; measured in whole runs."""
+
+    phases, foreign = (), True
+
+    def __init__(self, name: str, below: Method, above: Method) -> None:
+        super().__init__(name, below.host)
+        self._below, self._above = below, above
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with self._below.on(), self._above.on():
+            yield
+
+    def restart(self, sigmas: list[float]) -> None:
+        self._below.restart(sigmas)
+        self._above.restart(sigmas)
+
+    def made_in_run(self) -> int:
+        return self._above.made_in_run()
+
+    def call(self, inputs: Inputs, sigma: float, step: int) -> Tensor:
+        return self._above.call(inputs, sigma, step)
+
+    def release(self) -> None:
+        self._below.release()
+        self._above.release()
+
+
+def config_of(name: str, overrides: Mapping[str, str], common: Mapping[str, Any]) -> MergeConfig:
+    """A preset with what all presets are given, and on top of that what the command line says of this one.
+
+    Raises:
+        ValueError: a name, a field or a value is unknown or out of range.
+    """
+    return MergeConfig.preset(name, **{**common, **{field: value_of(field, text) for field, text in overrides.items()}})
+
+
+def value_of(field: str, text: str) -> Any:
+    """An override's value: what Python would read, else the text; refresh policies and modules have their own form."""
+    if field == "refresh":
+        return _refresh(text)
+    if field == "modules":
+        return tuple(text.split("+"))
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _refresh(text: str) -> Refresh:
+    """ "always", "once", "sigma_6", "steps_5" or "drift_0.05"."""
+    kind, _, number = text.partition("_")
+    try:
+        if kind in ("always", "once") and not number:
+            return Always() if kind == "always" else Once()
+        if kind == "sigma":
+            return SigmaRatio(float(number))
+        if kind == "steps":
+            return EverySteps(int(number))
+        if kind == "drift":
+            return Drift(float(number))
+    except ValueError as error:
+        raise ValueError(f"refresh is {text!r}: {error}") from None
+    raise ValueError(f"refresh is {text!r}; it must be always, once, sigma_RATIO, steps_NUMBER or drift_TOLERANCE")

@@ -1,0 +1,167 @@
+"""Rows as JSON, as tables to read, as a picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tome_sampler
+from tome_sampler.bench.memory import UNITS
+from tome_sampler.bench.timing import clock_of
+
+_COLUMNS = (
+    "method",
+    "steps",
+    "seconds",
+    "speed-up",
+    "share of bound",
+    "overhead refresh / reuse",
+    "merged",
+    "matching / merge / unmerge, ms",
+    "launches per layer",
+    "peak, MB",
+)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it was measured on, and by which clock."""
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clock": clock_of(device),
+        "memory": UNITS[device.type],
+        "python": platform.python_version(),
+        "tome_sampler": tome_sampler.__version__,
+    }
+    for package in ("torch", "diffusers", "tomesd", "ca-tome", "DeepCache", "xformers"):
+        try:
+            found[package.lower()] = version(package)
+        except PackageNotFoundError:
+            found[package.lower()] = None
+    return found
+
+
+def load() -> float | None:
+    """How many processes want to run, over the last minute: above the number of threads others disturb."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A table for each model, size and batch, with what one needs to know to read it."""
+    lines = []
+    for case, group in itertools.groupby(rows, lambda r: (r["arch"], r["size"], r["batch"])):
+        found = list(group)
+        arch, size, batch = case
+        first = found[0]
+        lines += [
+            f"### {arch}, {size} x {size}, batch {batch} (x 2 for guidance), {first['dtype']}, {first['device']}, "
+            f"attention {first['backend']}",
+            "",
+            f"| {' | '.join(_COLUMNS)} |",
+            "|" + "---|" * len(_COLUMNS),
+            *(f"| {' | '.join(_cells(row))} |" for row in found),
+            "",
+        ]
+    lines += [
+        f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads, {machine['repeats']} rounds, "
+        f"load {machine['load'][0]} to {machine['load'][1]}. seconds: {machine['clock']} of one model call, median ± "
+        "interquartile range; speed-up: to plain, paired within rounds; share of bound: zero_overhead's seconds over "
+        "its own; overhead: the part of a step that zero_overhead does not have. A method without /refresh or /reuse "
+        "is a run of so many steps as its policy mixes them: measured if it says run, else put together from the two. "
+        f"{machine['memory']}.",
+        "",
+        *(f"- {note}" for note in machine["notes"]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def percent(key: str) -> str:
+        return "" if row.get(key) is None else f"{row[key]:.1%}"
+
+    steps = {"step": "1", "run": f"run of {row['steps']}", "composed": f"of {row['steps']}"}[row["kind"]]
+    if row.get("steps_with_new_pairs") is not None:
+        steps += f", {row['steps_with_new_pairs']} new"
+    overheads = [percent("overhead_refresh"), percent("overhead_reuse")]
+    parts, launches = "", ""
+    if "seconds_merge" in row:
+        parts = " / ".join(f"{row[f'seconds_{part}'] * 1000:.2f}" for part in ("matching", "merge", "unmerge"))
+        launches = " / ".join(f"{row['launches_per_layer'][part]:.3g}" for part in ("matching", "merge", "unmerge"))
+    return [
+        row["method"],
+        steps,
+        f"{row['seconds']:.4g} ± {row['seconds_iqr']:.2g}",
+        f"{row['speedup']:.3f}x",
+        percent("share_of_bound"),
+        " / ".join(overheads) if any(overheads) else "",
+        percent("merged_fraction"),
+        parts,
+        launches,
+        "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+    ]
+
+
+def plotter() -> Any:
+    """matplotlib's pyplot, which draws into files only.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import_module("matplotlib").use("Agg")
+        return import_module("matplotlib.pyplot")
+    except ImportError:
+        raise ImportError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
+
+
+def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed-ups: bars where there is one size, curves over sizes where there are more."""
+    cases = list(dict.fromkeys((row["arch"], row["batch"]) for row in rows))
+    figure, grid = pyplot.subplots(1, len(cases), figsize=(7 * len(cases), 4.5), squeeze=False, layout="constrained")
+    for axes, (arch, batch) in zip(grid[0], cases, strict=True):
+        shown = [row for row in rows if (row["arch"], row["batch"]) == (arch, batch)]
+        labels = list(dict.fromkeys(_label(row) for row in shown))
+        sizes = sorted({row["size"] for row in shown})
+        if len(sizes) == 1:
+            speeds = {_label(row): row["speedup"] for row in shown}
+            axes.barh(labels[::-1], [speeds[label] for label in labels[::-1]])
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set_xlabel("speed-up over plain")
+        else:
+            for label in labels:
+                points = sorted((row["size"], row["speedup"]) for row in shown if _label(row) == label)
+                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+            axes.set_xticks(sizes)
+            axes.set_xlabel("pixels a side")
+            axes.set_ylabel("speed-up over plain")
+            axes.legend(fontsize="small")
+        axes.set_title(f"{arch}, {', '.join(map(str, sizes))} pixels, batch {batch}, {shown[0]['dtype']}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['method']}, run of {row['steps']}" if row["kind"] == "run" else str(row["method"])
+
+
+def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """{"machine": ..., "results": [...]}."""
+    path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")

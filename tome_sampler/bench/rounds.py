@@ -1,0 +1,231 @@
+"""All methods in one run: they take turns, so that each meets the same load of the machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tome_sampler.bench.host import Host
+from tome_sampler.bench.limits import Bound, Limit, Plan, Seen, ZeroOverhead, plan_of, record, signature
+from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method
+from tome_sampler.bench.parts import Cost, profiled, seconds_in_parts
+from tome_sampler.bench.timing import Taken, take
+
+T = TypeVar("T")
+_PLACE = 2 / 5  # of a run, where single steps are measured
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A single step of a method."""
+
+    method: Method
+    phase: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}/{self.phase}" if self.phase else self.method.name
+
+
+@dataclass
+class Findings:
+    """What was measured on one model. Lists of the same length belong together, round by round or step by step."""
+
+    host: Host
+    methods: list[Method]
+    steps: dict[str, list[Taken]] = field(default_factory=dict)  # by turn
+    runs: dict[int, dict[str, list[Taken]]] = field(default_factory=dict)  # by number of steps, and method
+    made: dict[int, dict[str, int]] = field(default_factory=dict)  # steps of these runs that made pairs
+    costs: dict[str, Cost] = field(default_factory=dict)  # by turn
+    plans: dict[str, Plan] = field(default_factory=dict)  # by method
+    limits: dict[str, tuple[str | None, str]] = field(default_factory=dict)  # a method's bound and zero_overhead
+    notes: list[str] = field(default_factory=list)
+
+
+def rotated(items: Sequence[T], by: int) -> list[T]:
+    """The items in turn, another one first each time."""
+    first = by % max(len(items), 1)
+    return [*items[first:], *items[:first]]
+
+
+class Rounds:
+    """A measurement on one host.
+
+    Args:
+        methods: the first one is the model as it is.
+        repeats: timed rounds of single steps. steps: lengths of whole runs.
+        bound: whether merged layers that return at once are measured too.
+    """
+
+    def __init__(self, host: Host, methods: list[Method], *, repeats: int, steps: Sequence[int], bound: bool) -> None:
+        self.found = Findings(host, list(methods))
+        self._host, self._repeats, self._lengths, self._bound = host, repeats, steps, bound
+        self._sigma = host.sigmas(USUAL_STEPS)[int(_PLACE * USUAL_STEPS)]
+        self._plans_of_runs: dict[str, dict[int, list[Plan]]] = {}
+
+    @torch.no_grad()
+    def measure(self, bar: tqdm[Any]) -> Findings:
+        """A warm-up round, timed rounds, two rounds that look inside, whole runs."""
+        self._bar, found = bar, self.found
+        bar.total = sum(len(m.phases) for m in found.methods) + self._calls_to_come()
+        self._inputs = self._host.inputs(self._latent(), self._sigma)
+        self._warm_up()
+        self._add_limits()
+        bar.total = bar.n + self._calls_to_come()
+        turns = [Turn(method, phase) for method in found.methods for phase in method.phases]
+        for turn in (t for t in turns if isinstance(t.method, Limit)):
+            self._step(turn, lambda call: call())
+        for number in range(self._repeats):
+            for turn in rotated(turns, number):
+                _, taken = self._step(turn, partial(take, device=self._host.device))
+                found.steps.setdefault(turn.name, []).append(taken)
+        self._look_inside(turns)
+        for length in self._lengths:
+            self._run(length)
+        for method in found.methods:
+            method.release()
+        return found
+
+    def _calls_to_come(self) -> int:
+        """After the warm-up round."""
+        methods = self.found.methods
+        turns = sum(len(m.phases) for m in methods)
+        merging = sum(len(m.phases) for m in methods if m.merges)
+        limits = sum(isinstance(m, Limit) for m in methods)
+        return turns * (self._repeats + 1) + merging + limits + sum(self._lengths) * len(methods)
+
+    def _step(self, turn: Turn, how: Callable[[Callable[[], Tensor]], T]) -> T:
+        """A single step of a method, called as `how` says."""
+        turn.method.begin(turn.phase, self._sigma)
+        self._bar.set_postfix_str(turn.name)
+        with turn.method.on():
+            out = how(lambda: turn.method.call(self._inputs, self._sigma, 0))
+        self._bar.update()
+        return out
+
+    def _latent(self) -> Tensor:
+        """Of the noise level at which steps are measured; denoised up to there, if the model has learned to."""
+        host, sigmas = self._host, self._host.sigmas(USUAL_STEPS)
+        if not host.architecture.trained:
+            return host.noise * math.sqrt(self._sigma**2 + 1)
+        x = host.noise * sigmas[0]
+        for step in range(int(_PLACE * USUAL_STEPS)):
+            x = host.advance(x, host(host.inputs(x, sigmas[step])), sigmas[step], sigmas[step + 1])
+        return x
+
+    def _warm_up(self) -> None:
+        """The first round. It also finds what each method makes of each layer."""
+        found, plain = self.found, Seen()
+        for method in list(found.methods):
+            try:
+                for phase in method.phases:
+                    self._bar.set_postfix_str(f"{method.name}, warm-up")
+                    method.begin(phase, self._sigma)
+                    seen, out = record(method, self._inputs, self._sigma, 0)
+                    if not plain:
+                        plain, self._host.seen = seen, self._host.halves(out)
+                    if method.merges:
+                        found.plans.setdefault(method.name, plan_of(seen, plain))
+                        _check(method, phase, bool(found.plans[method.name]))
+                    self._bar.update()
+                if method.varies:
+                    self._plans_of_runs[method.name] = {n: self._dry_run(method, n, plain) for n in self._lengths}
+            except Exception as error:
+                self._drop(method, error)
+        for name in (name for name, plan in found.plans.items() if not plan):
+            found.notes.append(f"{name} merges nothing in {self._host.name} at {self._host.size} pixels")
+        for method in found.methods:
+            if isinstance(method, Merged):
+                found.notes += [note for note in method.notes if note not in found.notes]
+
+    def _drop(self, method: Method, error: Exception) -> None:
+        """A package that fails is told of; what fails in our code is an error."""
+        if not method.foreign:
+            raise error
+        said = str(error).partition("\n")[0]
+        self.found.notes.append(f"{method.name} does not run on {self._host.name}: {type(error).__name__}: {said}")
+        self.found.methods.remove(method)
+        self.found.plans.pop(method.name, None)
+
+    def _dry_run(self, method: Method, length: int, plain: Seen) -> list[Plan]:
+        """Where lengths depend on the picture, what each step of a run makes of each layer."""
+        sigmas, plans = self._host.sigmas(length), []
+        x = self._host.noise * sigmas[0]
+        method.restart(sigmas)
+        for step, sigma in enumerate(sigmas):
+            seen, out = record(method, self._host.inputs(x, sigma), sigma, step)
+            plans.append(plan_of(seen, plain))
+            x = self._host.advance(x, out, sigma, [*sigmas, 0.0][step + 1])
+        return plans
+
+    def _add_limits(self) -> None:
+        """One bound for each set of layers, one zero_overhead for each set of lengths, shared by methods."""
+        found, host = self.found, self._host
+        bounds: dict[object, Bound] = {}
+        zeros: dict[object, ZeroOverhead] = {}
+        for name in sorted(filter(found.plans.get, found.plans), key=lambda n: n.partition(":")[0] != "default"):
+            plan, runs = found.plans[name], self._plans_of_runs.get(name, {})
+            layers = tuple(layer for layer, short in plan.items() if short.outer)
+            if self._bound and layers not in bounds:
+                bounds[layers] = Bound(f"bound:{name}" if bounds else "bound", host, plan)
+            work = signature([plan, *(p for plans in runs.values() for p in plans)])
+            if work not in zeros:
+                zeros[work] = ZeroOverhead(f"zero_overhead:{name}" if zeros else "zero_overhead", host, plan, runs)
+            bound = bounds.get(layers)
+            found.limits[name] = (None if bound is None else bound.name, zeros[work].name)
+        found.methods[1:1] = [*bounds.values(), *zeros.values()]
+
+    def _look_inside(self, turns: Sequence[Turn]) -> None:
+        """Two more rounds: one with stopwatches in the parts, one under the profiler, from a fresh start."""
+        device = self._host.device
+        seconds = {t.name: self._step(t, partial(seconds_in_parts, device=device)) for t in turns if t.method.merges}
+        before = 0
+        for method in self.found.methods:
+            method.release()
+        for turn in turns:
+            if turn.phase == turn.method.phases[0]:
+                before = 0
+            cost, before = self._step(turn, partial(profiled, device=device, before=before))
+            cost.seconds = seconds.get(turn.name, {})
+            self.found.costs[turn.name] = cost
+            if turn.phase == turn.method.phases[-1]:  # what it keeps is none of the next one's memory
+                turn.method.release()
+
+    def _run(self, length: int) -> None:
+        """A whole run of each method, all of them step by step together, each on its own way to its own picture."""
+        found, sigmas = self.found, self._host.sigmas(length)
+        latents = {method.name: self._host.noise * sigmas[0] for method in found.methods}
+        taken: dict[str, list[Taken]] = {method.name: [] for method in found.methods}
+        for method in found.methods:
+            method.restart(sigmas)
+        for step, sigma in enumerate(sigmas):
+            for method in rotated(found.methods, step):
+                self._bar.set_postfix_str(f"{method.name}, step {step + 1} of {length}")
+                inputs = self._host.inputs(latents[method.name], sigma)
+                try:
+                    with method.on():
+                        out, one = take(partial(method.call, inputs, sigma, step), self._host.device)
+                except Exception as error:
+                    self._drop(method, error)
+                    del taken[method.name]
+                    continue
+                taken[method.name].append(one)
+                latents[method.name] = self._host.advance(latents[method.name], out, sigma, [*sigmas, 0.0][step + 1])
+                self._bar.update()
+        found.runs[length] = taken
+        found.made[length] = {method.name: method.made_in_run() for method in found.methods}
+
+
+def _check(method: Method, phase: str, merged: bool) -> None:
+    """A step that is called a reuse must be one."""
+    if isinstance(method, Merged) and merged:
+        made, reused = method.counted()
+        if (made > 0) != (phase == "refresh") or not made + reused:
+            raise RuntimeError(f"{method.name}/{phase} made pairs in {made} layers and used older ones in {reused}")

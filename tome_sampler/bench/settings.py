@@ -1,0 +1,136 @@
+"""What the user asked for, checked before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tome_sampler.bench.architectures import ARCHITECTURES
+from tome_sampler.bench.backends import BACKENDS
+from tome_sampler.bench.chosen import Chosen, choose
+from tome_sampler.bench.host import Host
+from tome_sampler.bench.methods import Method
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = (512, 2048, 64)  # the least, the most, and what they must be multiples of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command line, checked."""
+
+    archs: tuple[str, ...]
+    checkpoint: Path | None
+    sizes: tuple[int, ...]
+    batches: tuple[int, ...]
+    dtype: str
+    device: torch.device
+    backend: str
+    chosen: tuple[Chosen, ...]
+    bound: bool
+    ratio: float
+    modules: tuple[str, ...] | None
+    steps: tuple[int, ...]
+    repeats: int
+    threads: int
+    seed: int
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Settings:
+        """
+        Raises:
+            ValueError: a value is out of its range; one line that names both. ImportError: a package is missing.
+        """
+        steps = tuple(n for n in _numbers("steps", args.steps, 0, 1000) if n)
+        if 1 in steps:
+            raise ValueError("steps is 1; it must be 0, for single steps only, or from 2 to 1000")
+        chosen, bound, notes = choose(args.methods, quick=args.quick, runs=bool(steps))
+        settings = cls(
+            archs=tuple(_one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(",")),
+            checkpoint=args.checkpoint,
+            sizes=_numbers("size", args.size, *SIZES),
+            batches=_numbers("batch", args.batch, 1, 64),
+            dtype=_one_of("dtype", args.dtype, tuple(DTYPES)),
+            device=_device(args.device),
+            backend=_one_of("backend", args.backend, BACKENDS),
+            chosen=chosen,
+            bound=bound,
+            ratio=_in_range("ratio", args.ratio, 0, 0.9375),
+            modules=None if args.modules is None else tuple(args.modules.split(",")),
+            steps=steps,
+            repeats=_in_range("repeats", (1 if args.quick else 5) if args.repeats is None else args.repeats, 1, 1000),
+            threads=_in_range("threads", args.threads, 1, 1024),
+            seed=_in_range("seed", args.seed, 0, 2**32 - 1),
+            notes=notes,
+        )
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        """What goes together."""
+        for name in self.archs:
+            if self.checkpoint is not None and (len(self.archs) > 1 or ARCHITECTURES[name].size is not None):
+                raise ValueError(
+                    f"arch is {','.join(self.archs)}; with a checkpoint it must be one of sd15, sd21, sdxl"
+                )
+            for method in self.chosen:
+                method.config(self._common(name))
+        if self.ratio > 0.75 and any(method.name == "tomesd" for method in self.chosen):
+            raise ValueError(
+                f"ratio is {self.ratio:g}; with tomesd, which never merges more, it must be from 0 to 0.75"
+            )
+
+    def trained(self, arch: str) -> bool:
+        """Whether its weights are real, so that similarities mean something."""
+        return ARCHITECTURES[arch].trained or self.checkpoint is not None
+
+    def methods_on(self, host: Host) -> list[Method]:
+        """The methods at work on a model, the plain one first."""
+        common = self._common(host.name)
+        return [Method("plain", host), *(method.on(host, self.ratio, common) for method in self.chosen)]
+
+    def _common(self, arch: str) -> dict[str, Any]:
+        """What all presets are given on an architecture."""
+        given = dict(ARCHITECTURES[arch].settings)
+        if not self.trained(arch):
+            given |= {"threshold": None, "ratio": self.ratio}
+        return given if self.modules is None else {**given, "modules": self.modules}
+
+
+def _one_of(option: str, given: str, allowed: tuple[str, ...]) -> str:
+    if given.strip() not in allowed:
+        raise ValueError(f"{option} is {given!r}; it must be one of {', '.join(allowed)}")
+    return given.strip()
+
+
+def _numbers(option: str, given: str, low: int, high: int, multiple: int = 1) -> tuple[int, ...]:
+    numbers = []
+    for text in given.split(","):
+        if not text.strip().isdigit() or not low <= int(text) <= high or int(text) % multiple:
+            kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
+            raise ValueError(f"{option} is {text!r}; it must be a {kind} from {low} to {high}")
+        numbers.append(int(text))
+    return tuple(dict.fromkeys(numbers))
+
+
+def _in_range(option: str, value: Any, low: float, high: float) -> Any:
+    if not low <= value <= high:
+        raise ValueError(f"{option} is {value:g}; it must be from {low:g} to {high:g}")
+    return value
+
+
+def _device(given: str) -> torch.device:
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ValueError(f"device is {given!r}; it must be cpu, cuda or cuda:NUMBER") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {given!r}; it must be cpu, cuda or cuda:NUMBER")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {given!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
