@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tome_sampler import MergeConfig, MergeSession, Pairing
 from tome_sampler.attention import proportional_attention
 from tome_sampler.bench import memory
-from tome_sampler.bench.architectures import ARCHITECTURES, build
+from tome_sampler.bench.architectures import ARCHITECTURES, Architecture, build
 from tome_sampler.bench.chosen import EVERYTHING, choose
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.limits import Bound, ZeroOverhead, plan_of, record
@@ -369,6 +369,22 @@ def test_layouts_are_the_published_ones() -> None:
         assert sum(n.endswith("attn1") for n, _ in model.named_modules()) == layers
 
 
+def test_sdxl_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pooled text and sizes, on a small model of its layout; a model is one line in the table."""
+    small = {"block_out_channels": (16, 32), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    small |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2)}
+    small |= {"attention_head_dim": (2, 4), "cross_attention_dim": 8, "norm_num_groups": 8, "sample_size": 16}
+    small |= {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 8 + 6 * 4}
+    mini = Architecture({**ARCHITECTURES["sdxl"].config, **small}, size=128, settings={"min_tokens": 0})
+    monkeypatch.setitem(ARCHITECTURES, "mini", mini)
+    host = Host("mini", mini, build("mini", torch.bfloat16, torch.device("cpu"), seed=0), size=128, batch=2)
+    methods = [Method("plain", host), Merged("default", host, HALF)]
+    found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
+    assert {short.tokens for short in found.plans["default"].values()} == {64}  # its finest attention is at half size
+    assert all(short.shape == (4, 32, 32) for short in found.plans["default"].values())
+    assert all(torch.isfinite(half).all() for half in host.seen)
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_a_checkpoint_is_loaded(host: Host, inputs: tuple[Tensor, Tensor], single: bool, tmp_path: Path) -> None:
     host.model.save_pretrained(tmp_path)
@@ -376,6 +392,14 @@ def test_a_checkpoint_is_loaded(host: Host, inputs: tuple[Tensor, Tensor], singl
     model = build("tiny", torch.float32, torch.device("cpu"), seed=1, checkpoint=path)
     with torch.no_grad():
         assert torch.equal(Host("tiny", ARCHITECTURES["tiny"], model, size=128, batch=1)(inputs), host(inputs))
+
+
+def test_a_checkpoint_that_is_none_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "no.safetensors").write_bytes(b"no weights")
+    for path in (tmp_path, tmp_path / "no.safetensors"):
+        with pytest.raises(ValueError, match="cannot be read as a UNet2DConditionModel") as error:
+            build("tiny", torch.float32, torch.device("cpu"), seed=0, checkpoint=path)
+        assert "\n" not in str(error.value)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

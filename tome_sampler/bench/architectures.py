@@ -168,18 +168,26 @@ def _load(architecture: Architecture, path: Path, dtype: torch.dtype) -> nn.Modu
             f"checkpoint is {str(path)!r}; it must be a diffusers folder or a safetensors file that exists"
         )
     kind = _class_of(architecture)
-    require_memory(_size_of(path), torch.device("cpu"), f"the weights of {path.name}")
-    if path.is_dir():
-        folder = path / "unet" if (path / "unet").is_dir() else path
-        model: nn.Module = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-        return model
-    with tempfile.TemporaryDirectory() as folder_of_config:  # without it, diffusers would ask the hub for one
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    files = [path] if path.is_file() else [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
+    require_memory(
+        max((f.stat().st_size for f in files), default=0), torch.device("cpu"), f"the weights of {path.name}"
+    )
+    try:
+        if path.is_dir():
+            model = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        else:
+            model = _load_file(kind, architecture, path, dtype)
+    except Exception as error:  # diffusers raises all sorts of them, with pages of advice
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(f"checkpoint {path} cannot be read as a {kind.__name__}: {said}") from error
+    if model.config.in_channels != model.config.out_channels:
+        raise ValueError(f"checkpoint {path} takes {model.config.in_channels} channels, more than a latent has")
+    return model  # type: ignore[no-any-return]
+
+
+def _load_file(kind: Any, architecture: Architecture, path: Path, dtype: torch.dtype) -> Any:
+    with tempfile.TemporaryDirectory() as folder:  # without a configuration, diffusers would ask the hub for one
         with torch.device("meta"):
-            kind(**architecture.config).save_config(folder_of_config)
-        model = kind.from_single_file(path, config=folder_of_config, torch_dtype=dtype, local_files_only=True)
-    return model
-
-
-def _size_of(path: Path) -> int:
-    files = [path] if path.is_file() else list((path / "unet" if (path / "unet").is_dir() else path).glob("*"))
-    return max((file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin")), default=0)
+            kind(**architecture.config).save_config(folder)
+        return kind.from_single_file(path, config=folder, torch_dtype=dtype, local_files_only=True)

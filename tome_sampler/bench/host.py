@@ -55,13 +55,14 @@ class Host:
         """Batch rows of a model call."""
         return len(_BRANCHES) * self.batch
 
-    def needs(self, whole_scores: bool = False) -> float:
-        """About how many bytes a call takes beside the weights; with `whole_scores`, attention writes all of them."""
+    def needs(self, whole_scores: bool, foreign: bool) -> float:
+        """About how many bytes a call takes beside the weights. whole_scores: attention writes all of its scores at
+        once. foreign: a package matches, which compares three quarters of the tokens with the rest at once."""
         tokens = self.latent_size[0] * self.latent_size[1]
         config: Any = self.model.config
         item = self.noise.new_empty(0, dtype=self.dtype).element_size()
-        attention = 2 * 8 * tokens**2 if whole_scores else 0
-        return float(self.rows * item * (_TENSORS * tokens * config.block_out_channels[0] + attention))
+        scores = tokens**2 * max(2 * 8 * whole_scores, foreign * 3 / 16)
+        return float(self.rows * item * (_TENSORS * tokens * config.block_out_channels[0] + scores))
 
     def sigmas(self, steps: int) -> list[float]:
         """A run's noise levels, those of Karras et al. (2022) with rho 7, without the 0 at their end."""

@@ -44,7 +44,8 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
             sizes = settings.sizes if architecture.size is None else (architecture.size,)
             for size, batch in itertools.product(sizes, settings.batches):
                 host = Host(name, architecture, model, size, batch, settings.seed)
-                needed = host.needs(settings.backend == "math")
+                foreign = any(method.preset is None for method in settings.chosen)
+                needed = host.needs(whole_scores=settings.backend == "math", foreign=foreign)
                 require_memory(needed, settings.device, f"a step of {name} at {size} pixels, batch {batch}")
                 with attention_on(settings.backend, model), _bar(f"{name} {size} x{batch}", progress) as bar:
                     methods = settings.methods_on(host)

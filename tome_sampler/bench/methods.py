@@ -80,7 +80,7 @@ def _raise(error: Exception) -> NoReturn:
 
 
 class Merged(Method):
-    """The model with our merging."""
+    """The model with our merging. What a session is told in a step, and importance for the next one, is timed too."""
 
     merges = True
 

@@ -25,7 +25,7 @@ _COLUMNS = (
     "share of bound",
     "overhead refresh / reuse",
     "merged",
-    "matching / merge / unmerge, ms",
+    "matching / merge / unmerge, ms (of the step)",
     "launches per layer",
     "peak, MB",
 )
@@ -104,6 +104,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     parts, launches = "", ""
     if "seconds_merge" in row:
         parts = " / ".join(f"{row[f'seconds_{part}'] * 1000:.2f}" for part in ("matching", "merge", "unmerge"))
+        parts += f" ({row['overhead_in_parts']:.2%})"
         launches = " / ".join(f"{row['launches_per_layer'][part]:.3g}" for part in ("matching", "merge", "unmerge"))
     return [
         row["method"],
@@ -135,24 +136,28 @@ def plotter() -> Any:
 def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
     """Speed-ups: bars where there is one size, curves over sizes where there are more."""
     cases = list(dict.fromkeys((row["arch"], row["batch"]) for row in rows))
-    figure, grid = pyplot.subplots(1, len(cases), figsize=(7 * len(cases), 4.5), squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(1, len(cases), figsize=(8 * len(cases), 5), squeeze=False, layout="constrained")
     for axes, (arch, batch) in zip(grid[0], cases, strict=True):
         shown = [row for row in rows if (row["arch"], row["batch"]) == (arch, batch)]
         labels = list(dict.fromkeys(_label(row) for row in shown))
         sizes = sorted({row["size"] for row in shown})
         if len(sizes) == 1:
             speeds = {_label(row): row["speedup"] for row in shown}
-            axes.barh(labels[::-1], [speeds[label] for label in labels[::-1]])
+            axes.bar_label(axes.barh(labels[::-1], [speeds[label] for label in labels[::-1]]), fmt="%.2f", padding=3)
             axes.axvline(1, color="black", linewidth=0.8)
             axes.set_xlabel("speed-up over plain")
         else:
-            for label in labels:
+            bases = list(dict.fromkeys(label.partition("/")[0] for label in labels))
+            for label in labels:  # a colour for each method, a line style for each of its kinds of step
+                base, _, phase = label.partition("/")
+                colour = pyplot.get_cmap("tab20")(bases.index(base) % 20)
+                style = {"refresh": "--", "reuse": ":"}.get(phase, "-")
                 points = sorted((row["size"], row["speedup"]) for row in shown if _label(row) == label)
-                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour, label=label)
             axes.set_xticks(sizes)
             axes.set_xlabel("pixels a side")
             axes.set_ylabel("speed-up over plain")
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
         axes.set_title(f"{arch}, {', '.join(map(str, sizes))} pixels, batch {batch}, {shown[0]['dtype']}")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -170,7 +170,7 @@ class Rounds:
         found, host = self.found, self._host
         bounds: dict[object, Bound] = {}
         zeros: dict[object, ZeroOverhead] = {}
-        for name in sorted(filter(found.plans.get, found.plans), key=lambda n: n.partition(":")[0] != "default"):
+        for name in sorted(filter(found.plans.get, found.plans), key=lambda n: n != "default"):
             plan, runs = found.plans[name], self._plans_of_runs.get(name, {})
             layers = tuple(layer for layer, short in plan.items() if short.outer)
             if self._bound and layers not in bounds:
@@ -180,7 +180,12 @@ class Rounds:
                 zeros[work] = ZeroOverhead(f"zero_overhead:{name}" if zeros else "zero_overhead", host, plan, runs)
             bound = bounds.get(layers)
             found.limits[name] = (None if bound is None else bound.name, zeros[work].name)
-        found.methods[1:1] = [*bounds.values(), *zeros.values()]
+        coming = {zero.name: zero for zero in zeros.values()}
+        plain, *methods = found.methods
+        found.methods[:] = [plain, *bounds.values()]
+        for method in methods:  # a limit runs right before the first method that it is one of
+            _, zero = found.limits.get(method.name, (None, ""))
+            found.methods += [*([coming.pop(zero)] if zero in coming else []), method]
 
     def _look_inside(self, turns: Sequence[Turn]) -> None:
         """Two more rounds: one with stopwatches in the parts, one under the profiler, from a fresh start."""

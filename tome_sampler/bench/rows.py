@@ -19,6 +19,8 @@ def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
     plain's seconds over its own, the median over rounds. share_of_bound: zero_overhead's over its own, likewise.
     overhead_refresh, overhead_reuse: the part of a step that zero_overhead saves. kind: "step"; "composed": put
     together from steps as the refresh policy mixes them in a run of `steps`; "run": a whole run of `steps`.
+    overhead_in_parts: the part of a step that stopwatches found in matching, merge and unmerge; it has less noise than
+    a difference of two steps, and less in it: nothing between these parts.
     """
     return [
         {**common, **row}
@@ -42,6 +44,7 @@ def _steps(found: Findings, method: Method) -> list[dict[str, Any]]:
         if method.merges:
             layers = max(sum(short.outer for short in found.plans[method.name].values()), 1)
             row |= {f"seconds_{part}": cost.seconds[part] for part in PARTS}
+            row["overhead_in_parts"] = sum(cost.seconds.values()) / statistics.median(t.seconds for t in taken)
             row["launches_per_layer"] = {part: cost.launches[part] / layers for part in PARTS}
             row["operators"] = cost.operators
         rows.append(row)
