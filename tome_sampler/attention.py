@@ -25,6 +25,7 @@ FORM: dict[str, Form] = {"cpu": "mask"}
 one more q/k channel elsewhere, because on CUDA a mask loses the flash kernel."""
 
 _SOFTMAX: set[Callable[..., Any]] = {torch.softmax, Tensor.softmax, F.softmax}
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp16
 
 
@@ -99,20 +100,11 @@ class proportional_attention(TorchFunctionMode):
         if bias is None:
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
         self.used = True
-        if self.form == "mask" or attn_mask is not None:
-            if attn_mask is not None:
-                mask = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf).to(bias)
-                bias = bias + mask
-            return sdpa(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
-        d = query.shape[-1]
-        scale = d**-0.5 if scale is None else scale
-        bias = bias.transpose(-1, -2).expand(*key.shape[:-1], 1) / scale
-        width = -(d + 1) % 8
-        query = F.pad(torch.cat([query, torch.ones_like(query[..., :1])], -1), (0, width))
-        key = F.pad(torch.cat([key, bias], -1), (0, width))
-        channels = value.shape[-1]
-        value = F.pad(value, (0, max(query.shape[-1] - channels, 0)))
-        return sdpa(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]
+        form = self.form
+        if attn_mask is not None:
+            mask = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf).to(bias)
+            bias, form = bias + mask, "mask"
+        return _biased_attention(query, key, value, bias, form, dropout_p, is_causal, scale, **kwargs)
 
 
 def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | None:
@@ -121,18 +113,52 @@ def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | No
 
     None if the layer is not a plain one, with ``to_q``, ``to_k``, ``to_v``, ``to_out`` and ``heads``.
     """
-    heads = getattr(module, "heads", None)
-    parts = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v", "to_out")]
-    special = ("group_norm", "spatial_norm", "norm_q", "norm_k", "residual_connection")
-    if not isinstance(heads, int) or not all(isinstance(part, nn.Module) for part in parts):
+    if not has_own_attention(module):
         return None
-    if any(getattr(module, name, None) for name in special) or getattr(module, "rescale_output_factor", 1) != 1:
-        return None
-    to_q, to_k, to_v, to_out = (part for part in parts if isinstance(part, nn.Module))
+    heads: Any = module.heads
+    to_q, to_k, to_v, to_out = (module.get_submodule(name) for name in _PROJECTIONS)
     q, k, v = (rearrange(to(x), "b m (h d) -> b h m d", h=heads) for to in (to_q, to_k, to_v))
-    with proportional_attention(log_size):
-        out = F.scaled_dot_product_attention(q, k, v, scale=getattr(module, "scale", None))
+    bias = log_size.clamp(min=_NEVER).to(q.dtype)[:, None, None]
+    form = FORM.get(x.device.type, "channel")
+    out = _biased_attention(q, k, v, bias, form, scale=getattr(module, "scale", None))
     out = rearrange(out, "b h m d -> b m (h d)")
     for part in to_out if isinstance(to_out, (nn.ModuleList, nn.Sequential)) else [to_out]:
         out = part(out)
     return out
+
+
+def has_own_attention(module: nn.Module) -> bool:
+    """Whether a layer is one that :func:`own_attention` can stand in for."""
+    special = ("group_norm", "spatial_norm", "norm_q", "norm_k", "residual_connection")
+    return (
+        isinstance(getattr(module, "heads", None), int)
+        and all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
+        and not any(getattr(module, name, None) for name in special)
+        and getattr(module, "rescale_output_factor", 1) == 1
+    )
+
+
+def _biased_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    form: Form,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention whose logits gain bias (b ... 1 m), as a mask or as one more channel of query and key."""
+    sdpa = F.scaled_dot_product_attention
+    if form == "mask":
+        return sdpa(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
+    d = query.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    bias = bias.transpose(-1, -2).expand(*key.shape[:-1], 1) / scale
+    width = -(d + 1) % 8
+    query = F.pad(torch.cat([query, torch.ones_like(query[..., :1])], -1), (0, width))
+    key = F.pad(torch.cat([key, bias], -1), (0, width))
+    channels = value.shape[-1]
+    value = F.pad(value, (0, max(query.shape[-1] - channels, 0)))
+    return sdpa(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]

@@ -69,13 +69,13 @@ class Pairing:
                 self._order, flat, self._offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
             )
             return bags.view(b, m, c)
-        total = torch.zeros(b * m, c, device=x.device).index_add_(0, self._flat_row, flat.float())
+        total = torch.zeros(b * m, c, device=x.device).index_add_(0, self.flat_row, flat.float())
         return (total * self._inverse_size).to(x.dtype).view(b, m, c)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """y (b m c) as (b n c): every token gets its row's value. One gather."""
         b, m, c = y.shape
-        return functional.embedding(self._flat_row, y.reshape(b * m, c)).view(b, -1, c)
+        return functional.embedding(self.flat_row, y.reshape(b * m, c)).view(b, -1, c)
 
     @cached_property
     def log_size(self) -> Tensor:
@@ -88,7 +88,8 @@ class Pairing:
         return self.size.clamp(max=1).log()
 
     @cached_property
-    def _flat_row(self) -> Tensor:
+    def flat_row(self) -> Tensor:
+        """(b * n) the merged row of each token, counted through all batch rows."""
         return (self.row + self._offset(self.size.shape[1])).flatten()
 
     @cached_property
@@ -102,7 +103,7 @@ class Pairing:
     @cached_property
     def _order(self) -> Tensor:
         """The tokens, row by row."""
-        return self._flat_row.argsort(stable=True)
+        return self.flat_row.argsort(stable=True)
 
     @cached_property
     def _offsets(self) -> Tensor:
@@ -112,7 +113,7 @@ class Pairing:
     @cached_property
     def _weights(self) -> Tensor:
         """What each token of the order counts for in its row's mean."""
-        return self._inverse_size.flatten()[self._flat_row[self._order]]
+        return self._inverse_size.flatten()[self.flat_row[self._order]]
 
     def _weights_in(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._cast:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tome_sampler.config import MergeConfig
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
-from tome_sampler.matching import cell_dst, global_match, grid_dst, local_match, pool_dst, sources_to_merge
+from tome_sampler.matching import cell_dst, cell_size, global_match, grid_dst, local_match, pool_dst, sources_to_merge
 from tome_sampler.pairing import Pairing
 from tome_sampler.refresh import Clock, Moment
 from tome_sampler.stats import Stats
@@ -201,6 +201,21 @@ class MergeSession:
         after = n if pairing is None else pairing.size.shape[1]
         self.stats.count(layer.name, n * b, after * b, made)
         return pairing
+
+    def fixed_length(self, n: int, latent_size: tuple[int, int]) -> int | None:
+        """How many tokens are left of a layer's n, if that is the same in every call of a run; else None."""
+        config, grid = self.config, _grid_of(n, latent_size)
+        always = config.threshold is None and config.start <= 0 and config.end >= 1 and not config.protect
+        r = int(n * config.ratio)
+        if grid is None or not always or r <= 0:
+            return None
+        sy, sx = cell_size(grid, config.stride)
+        cut, whole = -(-grid[0] // sy) * -(-grid[1] // sx), (grid[0] // sy) * (grid[1] // sx)
+        if config.destinations == "cell" and config.prune_until <= 0:
+            return n - min(r, n - cut)
+        if config.destinations == "grid":
+            return n - min(r, n - whole)
+        return n - r if r <= n - max(cut, n // config.stride**2) else None
 
     def timed(self, part: str, device: torch.device) -> AbstractContextManager[None]:
         """Within it, time counts for "matching" or "merging", if this session is timed."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tome_sampler.attention import own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.compiled import Compiled, is_compiling
 from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
@@ -51,6 +52,8 @@ class _Attachment:
         self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
+        self._compiled = Compiled(root, session, describe, [])
+        self._reached = False  # whether a layer has run
         blocks = [(name, m) for name, m in root.named_modules() if isinstance(getattr(m, "attn1", None), nn.Module)]
         if not blocks:
             raise ValueError(
@@ -103,19 +106,29 @@ class _Attachment:
         if config.modules == ("block",):
             layer = Layer(name or "block", number)
             self._hook(block, self._before_block(layer), self._after_block)
-            self._hook(block.attn1, self._before_attention_of(block), self._after)  # type: ignore[arg-type]
+            self._hook(block.attn1, self._before_attention_of(block), self._after("inner"))  # type: ignore[arg-type]
             return
         for part in config.modules:
             module = getattr(block, part, None)
             if isinstance(module, nn.Module):
                 layer = Layer(f"{name}.{part}" if name else part, number)
-                self._hook(module, self._before(layer, block, part), self._after)
+                kind = "attention" if part == "attn1" else "other"
+                self._hook(module, self._before(layer, block, part), self._after(kind))
 
     def _before(self, layer: Layer, block: nn.Module, part: str) -> Any:
+        number = self._compiled.add(layer)
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._reached = True
             x = _tokens(args, kwargs)
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)):
+                if is_compiling():
+                    self._compiled.skip()
                 return None
+            if is_compiling():
+                merge = self._compiled.attend if part == "attn1" else self._compiled.merge
+                merged = merge(number, module, x, self._block_input.get(block))
+                return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = self._merge(layer, x, self._block_input.get(block))
             if opened is None:
                 return None
@@ -126,8 +139,17 @@ class _Attachment:
         return before
 
     def _before_block(self, layer: Layer) -> Any:
+        number = self._compiled.add(layer)
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._reached = True
             x = _tokens(args, kwargs)
+            if is_compiling():
+                if x is None:
+                    self._compiled.skip()
+                    return None
+                merged = self._compiled.merge(number, module, x, None)
+                return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = None if x is None else self._merge(layer, x, None)
             if x is None or opened is None:
                 return None
@@ -139,6 +161,12 @@ class _Attachment:
     def _before_attention_of(self, block: nn.Module) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = _tokens(args, kwargs)
+            if is_compiling():
+                if x is None or not _attends_to_itself(x, args, kwargs):
+                    self._compiled.skip()
+                    return None
+                given = self._compiled.attend_in_block(module, x)
+                return None if given is None else _with_tokens(given, x, args, kwargs)
             if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
                 return None
             self._open[module] = opened = _Open(self._open_blocks[block][0].pairing, x, in_block=True)
@@ -174,6 +202,8 @@ class _Attachment:
         return opened.merged
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if is_compiling():
+            return self._compiled.close(module, output, "block")
         if module not in self._open_blocks:
             return None
         opened, x = self._open_blocks.pop(module)
@@ -182,7 +212,15 @@ class _Attachment:
         with self.session.timed("merging", output.device):
             return x + opened.pairing.unmerge(output - opened.merged)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _after(self, kind: str) -> Any:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if is_compiling():
+                return self._compiled.close(module, output, kind)
+            return self._close(module, output)
+
+        return after
+
+    def _close(self, module: nn.Module, output: Any) -> Any:
         if module not in self._open:
             return None
         opened = self._open.pop(module)
@@ -205,16 +243,25 @@ class _Attachment:
         with self.session.timed("merging", output.device):
             return opened.pairing.unmerge(output)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_compiling():
+            x, time = _latent_and_time(args, kwargs)
+            if not isinstance(x, Tensor) or x.ndim != 4:
+                return None
+            return _with_tokens(self._compiled.begin(x, time), x, args, kwargs)
         self._abandon()
         if self.session.current is None and not self.session.suspended:
             call = self._describe(module, args, kwargs)
             if call is not None:
                 self._call = self.session.call(call)
                 self._call.__enter__()
+        return None
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._call is not None:
+        if not self._reached:
+            self._reached = True  # once is enough
+            self._compiled.unreached(type(module).__name__)
+        if not is_compiling() and self._call is not None:
             call, self._call = self._call, None
             call.__exit__(None, None, None)
 
@@ -238,16 +285,18 @@ def _attends_to_itself(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     return not any(isinstance(other, Tensor) and other is not x for other in others)
 
 
+def _latent_and_time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What a whole model is called with."""
+    x = args[0] if args else kwargs.get("sample", kwargs.get("x", kwargs.get("input")))
+    named = next((kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs), None)
+    return x, args[1] if len(args) > 1 else named
+
+
 def _call_of(
     branches: tuple[str, ...] | None, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelCall | None:
     """What a call of a whole model says by itself: its latent's size, its noise level, its batch."""
-    x = args[0] if args else kwargs.get("sample", kwargs.get("x", kwargs.get("input")))
-    time = (
-        args[1]
-        if len(args) > 1
-        else next((kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs), None)
-    )
+    x, time = _latent_and_time(args, kwargs)
     if not isinstance(x, Tensor) or x.ndim != 4:
         return None
     sigma = None

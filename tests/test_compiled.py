@@ -1,0 +1,121 @@
+"""torch.compile of a model that merges: real graphs, checked against the same model run eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import tiny_unet
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from tome_sampler import MergeConfig, ModelCall, merging
+
+FIXED = MergeConfig(threshold=None, min_tokens=0)
+TIMES = (900, 800, 500, 300, 200, 20)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def call(unet: nn.Module | Callable[..., Any], t: int, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(t)
+    x, context = torch.randn(2, 4, size, size, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    with torch.no_grad():
+        return unet(x, torch.tensor(t), encoder_hidden_states=context, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FIXED,
+        FIXED.with_(levels=2, ratio=0.75),
+        FIXED.with_(modules=("attn1", "attn2", "ff")),
+        FIXED.with_(modules=("block",)),
+        FIXED.with_(proportional=False),
+        MergeConfig.preset("tomesd"),
+        MergeConfig.preset("importance", ratio=0.5),
+    ],
+    ids=["ratio", "levels", "modules", "block", "once", "tomesd", "importance"],
+)
+def test_a_fixed_ratio_is_one_graph_for_all_steps(config: MergeConfig) -> None:
+    unet = tiny_unet()
+    with merging(unet, config, branches=("uncond", "cond")) as session:
+        eager = [call(unet, t) for t in TIMES]
+        expected = session.stats.to_dict()
+    with merging(unet, config, branches=("uncond", "cond")) as session:
+        graphs = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(unet, backend=graphs, fullgraph=True)
+        counts = []
+        for t, picture in zip(TIMES, eager, strict=True):
+            torch.testing.assert_close(call(compiled, t), picture, atol=1e-5, rtol=1e-5)
+            counts.append(graphs.frame_count)
+    assert counts == [2] * len(TIMES)  # the model, and the hook that tells of its call
+    found = session.stats.to_dict()
+    assert 0 < found["merged_fraction"] == expected["merged_fraction"]
+    assert found["pairings_made"] == expected["pairings_made"]
+    assert found["pairings_reused"] == expected["pairings_reused"]
+
+
+@pytest.mark.parametrize("config", [MergeConfig(min_tokens=0), FIXED.with_(start=0.2), FIXED.with_(protect=0.2)])
+def test_what_has_no_fixed_length_is_merged_too(config: MergeConfig) -> None:
+    unet = tiny_unet()
+    with merging(unet, config, branches=("uncond", "cond")):
+        eager = [call(unet, t) for t in TIMES[:3]]
+    with merging(unet, config, branches=("uncond", "cond")) as session:
+        compiled = torch.compile(unet, backend="eager")
+        for t, picture in zip(TIMES[:3], eager, strict=True):
+            torch.testing.assert_close(call(compiled, t), picture, atol=1e-5, rtol=1e-5)
+    assert session.stats.to_dict()["merged_fraction"] > 0
+
+
+def test_guidance_tells_a_compiled_model_too() -> None:
+    unet = tiny_unet()
+    pictures = []
+    for compiled in (False, True):
+        with merging(unet, FIXED) as session:
+            model = torch.compile(unet, backend="eager", fullgraph=True) if compiled else unet
+            found = []
+            for sigma, t in ((8.0, 800), (4.0, 600), (0.5, 100)):
+                with session.call(ModelCall.chunked(sigma, (16, 16), ("uncond", "cond"), images=1)):
+                    out = call(model, t)
+                session.observe(out[1:], out[:1])
+                found.append(out)
+        pictures.append(torch.cat(found))
+        assert session.stats.to_dict()["importance_merged"] is not None
+        assert [s.sigma for s in session.stats.calls] == [8.0, 4.0, 0.5]
+    torch.testing.assert_close(pictures[0], pictures[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_was_compiled_before_says_so_and_afterwards_it_is_as_it_was() -> None:
+    unet = tiny_unet()
+    compiled = torch.compile(unet, backend="eager")
+    plain = call(compiled, 500)
+    with merging(unet, FIXED, branches=("uncond", "cond")) as session:
+        call(compiled, 500)
+        assert any("torch._dynamo.reset()" in note for note in session.stats.notes)
+        torch._dynamo.reset()
+        session.reset()
+        merged = call(compiled, 500)
+        assert not torch.equal(merged, plain)
+        assert session.stats.to_dict()["merged_fraction"] > 0
+        assert not session.stats.notes
+    assert torch.equal(call(compiled, 500), plain)
+
+
+def test_another_size_is_merged_at_its_own_length() -> None:
+    unet = tiny_unet()
+    with merging(unet, FIXED, branches=("uncond", "cond")):
+        eager = [call(unet, 500, size) for size in (16, 24)]
+    with merging(unet, FIXED, branches=("uncond", "cond")):
+        compiled = torch.compile(unet, backend="eager")
+        for size, picture in zip((16, 24), eager, strict=True):
+            torch.testing.assert_close(call(compiled, 500, size), picture, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,206 @@
+"""Merging inside ``torch.compile``: deciding, matching and merging are operators that the compiler does not look into.
+
+New pairs, new importance and another noise level then need no new graph, and nothing of ours breaks one. That takes
+lengths that are known beforehand, so it holds for a fixed ratio over a whole run; with a threshold, or a start or an
+end, merging works too, but each merged layer breaks the graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tome_sampler.attention import has_own_attention, own_attention
+from tome_sampler.session import Layer, MergeSession, ModelCall
+
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)
+"""Whether the compiler is looking at the code that asks."""
+
+_numbers = itertools.count()
+_at_work: weakref.WeakValueDictionary[int, Compiled] = weakref.WeakValueDictionary()
+
+
+@dataclass
+class _Opened:
+    """A layer that is running on merged tokens. given: what it was given before they were merged. row: (b * n) the
+    merged row of each token. sizes: log(size) of its keys, or None where they count once each."""
+
+    given: Tensor
+    merged: Tensor
+    row: Tensor
+    sizes: Tensor | None
+
+    def unmerged(self, y: Tensor) -> Tensor:
+        return functional.embedding(self.row, y.reshape(-1, y.shape[-1])).view(*self.given.shape[:2], -1)
+
+
+class Compiled:
+    """One session's hooks on one module tree, as the compiler sees them. All but the operators' bodies is traced.
+
+    Args:
+        describe: says of a call of `root` what it is.
+        layers: by their number.
+    """
+
+    def __init__(
+        self, root: nn.Module, session: MergeSession, describe: Callable[..., ModelCall | None], layers: list[Layer]
+    ) -> None:
+        self.number = next(_numbers)
+        self.session, self.layers = session, layers
+        self._root, self._describe = weakref.ref(root), describe
+        self._size: tuple[int, int] | None = None
+        self._levels: list[float] = []
+        self._open: list[_Opened | None] = []
+        self._own_call: ModelCall | None = None
+        _at_work[self.number] = self
+
+    # -- traced
+
+    def begin(self, x: Tensor, time: Any) -> Tensor:
+        """The root is called with x (rows c h w), at a time; returns what takes x's place."""
+        self._size, self._levels = (int(x.shape[-2]), int(x.shape[-1])), []
+        self._open = []  # of a call that failed
+        return _begin(x, time if isinstance(time, Tensor) else torch.tensor(0.0 if time is None else time), self.number)
+
+    def add(self, layer: Layer) -> int:
+        """A layer's number."""
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+    def skip(self) -> None:
+        """A layer runs on all its tokens."""
+        self._open.append(None)
+
+    def merge(self, number: int, module: nn.Module, x: Tensor, metric: Tensor | None) -> Tensor | None:
+        """Merged tokens for a layer that is given x (b n c), or None. Each call is followed by one of :meth:`close`."""
+        opened = self._opened(number, x, metric)
+        self._open.append(opened)
+        return None if opened is None else opened.merged
+
+    def attend(self, number: int, module: nn.Module, x: Tensor, metric: Tensor | None) -> Tensor | None:
+        """As :meth:`merge`, for an attention layer: one whose keys are counted attends in :meth:`close`."""
+        opened = self._opened(number, x, metric)
+        if opened is not None and not has_own_attention(module):
+            opened.sizes = None
+        self._open.append(opened)
+        if opened is None:
+            return None
+        return opened.merged if opened.sizes is None else opened.merged[:, :1]
+
+    def attend_in_block(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The attention of a block that runs on merged tokens is given x."""
+        block = self._open[-1]
+        if block is None or block.sizes is None or not has_own_attention(module):
+            self._open.append(None)
+            return None
+        self._open.append(_Opened(x, x, block.row, block.sizes))
+        return x[:, :1]
+
+    def close(self, module: nn.Module, output: Tensor, kind: str) -> Tensor:
+        """A layer's output for all its tokens. kind: "attention", "inner" (in a block), "block" or "other"."""
+        opened = self._open.pop()
+        if opened is None:
+            return output
+        if kind in ("attention", "inner") and opened.sizes is not None:
+            own = own_attention(module, opened.merged, opened.sizes)
+            assert own is not None  # has_own_attention has said so
+            output = own
+        if kind == "inner":
+            return output
+        if kind == "block":
+            return opened.given + opened.unmerged(output - opened.merged)
+        return opened.unmerged(output)
+
+    def _opened(self, number: int, x: Tensor, metric: Tensor | None) -> _Opened | None:
+        if self.session.suspended or self._size is None:
+            return None
+        n = x.shape[1]
+        coarseness = self._size[0] * self._size[1] / n
+        if coarseness not in self._levels:
+            self._levels.append(coarseness)
+        config = self.session.config
+        if sorted(self._levels).index(coarseness) >= config.levels or n < config.min_tokens:
+            return None
+        m = self.session.fixed_length(n, self._size)
+        if m is None:
+            found = self.merge_now(number, x, metric)
+        else:
+            found = _merge(x, x if metric is None else metric, self.number, number, m)
+        if found is None:
+            return None
+        merged, sizes, row = found
+        return _Opened(x, merged, row, sizes if config.proportional or m is None else None)
+
+    # -- not traced
+
+    def begin_now(self, x: Tensor, time: Tensor) -> None:
+        """The root runs. A call that somebody else has told of stands."""
+        if self.session.suspended or self.session.current not in (None, self._own_call):
+            return
+        root = self._root()
+        call = None if root is None else self._describe(root, (x, time), {})
+        self._own_call = call
+        if call is not None:
+            self.session.begin(call)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def unreached(self, name: str) -> None:
+        """The root has run and no layer of it: the compiler does not look for hooks that came after its graphs."""
+        self.session.note(
+            f"nothing of {name} was reached. If it was compiled before merging began, call torch._dynamo.reset(), and "
+            "it will be compiled anew with merging in it"
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def merge_now(self, number: int, x: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What x (b n c) is merged to (b m c), what its keys' logits gain (b m), and each token's row (b * n)."""
+        layer = self.layers[number]
+        pairing = self.session.merge(layer, x, metric)
+        if pairing is None:
+            return None
+        with self.session.timed("merging", x.device):
+            merged = pairing.merge(x)
+        sizes = pairing.log_size if self.session.config.proportional else pairing.log_mask
+        return merged, sizes.clone(), pairing.flat_row.clone()
+
+
+def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    compiled = _at_work.get(run)
+    if compiled is None:
+        raise RuntimeError("a model that was compiled while tokens were merged runs after that: compile it anew")
+    found: tuple[Tensor, Tensor, Tensor] | None = compiled.merge_now(number, x, metric)
+    if found is None or found[0].shape[1] != m:
+        name = compiled.layers[number].name
+        raise RuntimeError(f"{name} cannot be merged in this call, and a compiled model cannot leave it alone")
+    return found
+
+
+def _merge_fake(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    b, n, c = x.shape
+    return x.new_empty(b, m, c), x.new_empty(b, m, dtype=torch.float32), x.new_empty(b * n, dtype=torch.long)
+
+
+def _begin_op(x: Tensor, time: Tensor, run: int) -> Tensor:
+    compiled = _at_work.get(run)
+    if compiled is not None:
+        compiled.begin_now(x, time)
+    return x.clone()
+
+
+def _begin_fake(x: Tensor, time: Tensor, run: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+_begin, _merge = _begin_op, _merge_op
+if hasattr(torch.library, "custom_op"):
+    _begin = torch.library.custom_op("tome_sampler::begin", _begin_op, mutates_args=())
+    _begin.register_fake(_begin_fake)
+    _merge = torch.library.custom_op("tome_sampler::merge", _merge_op, mutates_args=())
+    _merge.register_fake(_merge_fake)
