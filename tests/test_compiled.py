@@ -119,3 +119,16 @@ def test_another_size_is_merged_at_its_own_length() -> None:
         compiled = torch.compile(unet, backend="eager")
         for size, picture in zip((16, 24), eager, strict=True):
             torch.testing.assert_close(call(compiled, 500, size), picture, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [FIXED, MergeConfig(min_tokens=0), FIXED.with_(modules=("block",))])
+def test_attention_that_cannot_count_its_keys_is_left_alone_and_this_is_said(config: MergeConfig) -> None:
+    unet = tiny_unet()
+    for module in unet.modules():
+        if hasattr(module, "attn1"):
+            module.attn1.norm_q = nn.Identity()  # which our own attention does not know
+    plain = call(unet, 500)
+    with merging(unet, config, branches=("uncond", "cond")) as session:
+        assert torch.equal(call(torch.compile(unet, backend="eager"), 500), plain)
+    assert [note for note in session.stats.notes if "cannot count its keys" in note]
+    assert session.stats.to_dict()["merged_fraction"] == 0

@@ -78,26 +78,30 @@ class Compiled:
         """A layer runs on all its tokens."""
         self._open.append(None)
 
-    def merge(self, number: int, module: nn.Module, x: Tensor, metric: Tensor | None) -> Tensor | None:
-        """Merged tokens for a layer that is given x (b n c), or None. Each call is followed by one of :meth:`close`."""
+    def merge(self, number: int, x: Tensor, metric: Tensor | None, attention: nn.Module | None) -> Tensor | None:
+        """Merged tokens for a layer that is given x (b n c), or None. Each call is followed by one of :meth:`close`.
+
+        `attention` is the layer that will attend to them, if any: its keys must be counted, and padding not be seen.
+        """
+        config = self.session.config
+        counted = config.proportional or config.threshold is not None
+        if attention is not None and counted and not has_own_attention(attention):
+            self.uncounted(attention)
+            self._open.append(None)
+            return None
         opened = self._opened(number, x, metric)
         self._open.append(opened)
         return None if opened is None else opened.merged
 
     def attend(self, number: int, module: nn.Module, x: Tensor, metric: Tensor | None) -> Tensor | None:
         """As :meth:`merge`, for an attention layer: one whose keys are counted attends in :meth:`close`."""
-        opened = self._opened(number, x, metric)
-        if opened is not None and not has_own_attention(module):
-            opened.sizes = None
-        self._open.append(opened)
-        if opened is None:
-            return None
-        return opened.merged if opened.sizes is None else opened.merged[:, :1]
+        merged, opened = self.merge(number, x, metric, module), self._open[-1]
+        return merged if merged is None or opened is None or opened.sizes is None else merged[:, :1]
 
-    def attend_in_block(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def attend_in_block(self, x: Tensor) -> Tensor | None:
         """The attention of a block that runs on merged tokens is given x."""
         block = self._open[-1]
-        if block is None or block.sizes is None or not has_own_attention(module):
+        if block is None or block.sizes is None:
             self._open.append(None)
             return None
         self._open.append(_Opened(x, x, block.row, block.sizes))
@@ -110,7 +114,7 @@ class Compiled:
             return output
         if kind in ("attention", "inner") and opened.sizes is not None:
             own = own_attention(module, opened.merged, opened.sizes)
-            assert own is not None  # has_own_attention has said so
+            assert own is not None  # merge has asked
             output = own
         if kind == "inner":
             return output
@@ -149,6 +153,13 @@ class Compiled:
         self._own_call = call
         if call is not None:
             self.session.begin(call)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def uncounted(self, attention: nn.Module) -> None:
+        """A layer's attention is of a kind that :func:`own_attention` cannot stand in for."""
+        self.session.note(
+            f"{type(attention).__name__} cannot count its keys in a compiled model: its tokens are not merged"
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def unreached(self, name: str) -> None:

@@ -126,8 +126,11 @@ class _Attachment:
                     self._compiled.skip()
                 return None
             if is_compiling():
-                merge = self._compiled.attend if part == "attn1" else self._compiled.merge
-                merged = merge(number, module, x, self._block_input.get(block))
+                metric = self._block_input.get(block)
+                if part == "attn1":
+                    merged = self._compiled.attend(number, module, x, metric)
+                else:
+                    merged = self._compiled.merge(number, x, metric, None)
                 return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = self._merge(layer, x, self._block_input.get(block))
             if opened is None:
@@ -148,7 +151,7 @@ class _Attachment:
                 if x is None:
                     self._compiled.skip()
                     return None
-                merged = self._compiled.merge(number, module, x, None)
+                merged = self._compiled.merge(number, x, None, module.attn1)  # type: ignore[arg-type]
                 return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = None if x is None else self._merge(layer, x, None)
             if x is None or opened is None:
@@ -165,7 +168,7 @@ class _Attachment:
                 if x is None or not _attends_to_itself(x, args, kwargs):
                     self._compiled.skip()
                     return None
-                given = self._compiled.attend_in_block(module, x)
+                given = self._compiled.attend_in_block(x)
                 return None if given is None else _with_tokens(given, x, args, kwargs)
             if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
                 return None
