@@ -11,7 +11,6 @@ plain picture.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import platform
 import random
@@ -27,25 +26,12 @@ import torch
 from tqdm import tqdm
 
 import tome_sampler
-from tome_sampler import CFGDenoiser, MergeConfig, demo, kdiffusion
+from tome_sampler import CFGDenoiser, demo, kdiffusion
 from tome_sampler.demo.model import LATENT_CHANNELS, LATENT_SIZE, to_picture
 from tome_sampler.demo.report import fidelity
 from tome_sampler.demo.scenes import random_scene
-from tome_sampler.refresh import Always, Drift, EverySteps, Once, SigmaRatio
+from tome_sampler.spelling import read_config, read_overrides
 
-REFRESH = {
-    "always": Always(),
-    "once": Once(),
-    "sigma_1.5": SigmaRatio(1.5),
-    "sigma_2": SigmaRatio(2.0),
-    "sigma_4": SigmaRatio(4.0),
-    "sigma_6": SigmaRatio(6.0),
-    "sigma_8": SigmaRatio(8.0),
-    "steps_5": EverySteps(5),
-    "drift_0.02": Drift(0.02),
-    "drift_0.05": Drift(0.05),
-    "drift_0.1": Drift(0.1),
-}
 METHODS = ("plain", "tomesd:ratio=0.5", "quality", "balanced", "fast", "ca_tome", "importance:ratio=0.5")
 
 
@@ -75,23 +61,16 @@ def stopwatch(owner: Any, name: str, clock: dict[str, float], part: str) -> Iter
 def applied(method: str, model: torch.nn.Module, sigmas: list[float]) -> Iterator[tome_sampler.MergeSession | None]:
     """A method at work on the model: "plain", "tomesd:ratio=R" (the real package), or a preset with overrides."""
     name, _, rest = method.partition(":")
-    given = dict(pair.split("=") for pair in rest.split(",") if pair)
-    refresh, modules = given.pop("refresh", None), given.pop("modules", None)
-    overrides: dict[str, Any] = {k: ast.literal_eval(v) if v[:1] in "0123456789-TFN" else v for k, v in given.items()}
     if name == "plain":
         yield None
     elif name == "tomesd":
-        tomesd.apply_patch(model.unet, **overrides)
+        tomesd.apply_patch(model.unet, **read_overrides(rest))
         try:
             yield None
         finally:
             tomesd.remove_patch(model.unet)
     else:
-        if refresh is not None:
-            overrides["refresh"] = REFRESH[refresh]
-        if modules is not None:
-            overrides["modules"] = tuple(modules.split("+"))
-        with tome_sampler.merging(model, MergeConfig.preset(name, **overrides), sigmas=sigmas) as session:
+        with tome_sampler.merging(model, read_config(method), sigmas=sigmas) as session:
             yield session
 
 
@@ -126,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--method",
         action="append",
-        help=f"NAME[:field=value,...], refresh one of {', '.join(REFRESH)}, modules as attn1+ff or block "
+        help="NAME[:field=value,...], refresh as always, once, sigma_6, steps_5 or drift_0.05, modules as attn1+ff "
         f"(default: {' '.join(METHODS)})",
     )
     parser.add_argument("--prompts", type=int, default=8, help="how many random captions (default %(default)s)")

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tome_sampler.config import MODULES, MergeConfig
-from tome_sampler.refresh import (
-    CA_TOME_CHECKPOINTS,
-    Always,
-    Checkpoints,
-    Drift,
-    EverySteps,
-    Once,
-    Refresh,
-    SigmaRatio,
-    refresh_from_dict,
-)
+from tome_sampler.refresh import CA_TOME_CHECKPOINTS
+from tome_sampler.spelling import read_refresh, refresh_text
 
 TITLE = "ToMe Sampler"
 PRESETS = {  # as the page names them: the library's name
@@ -167,48 +157,3 @@ FIELDS: tuple[Field, ...] = (
 BY_NAME = {field.name: field for field in FIELDS}
 HIRES = ("ratio", "stride", "threshold", "levels")
 """The fields that the hires override shows; a caller's dict may name any."""
-
-
-def refresh_text(refresh: Refresh) -> str:
-    """A policy as a few words; :func:`read_refresh` takes them back."""
-    if isinstance(refresh, SigmaRatio):
-        return f"sigma ratio {refresh.ratio:.10g}"
-    if isinstance(refresh, EverySteps):
-        return f"every {refresh.steps} steps"
-    if isinstance(refresh, Drift):
-        return f"drift {refresh.tolerance:.10g}"
-    if isinstance(refresh, Checkpoints):
-        names = [name for name, published in CA_TOME_CHECKPOINTS.items() if published == refresh]
-        return "checkpoints " + (names[0] if names else " ".join(f"{f:.10g}" for f in refresh.fractions))
-    return refresh.kind
-
-
-def read_refresh(value: Any) -> Refresh:
-    """A policy from its words, or from the plain data of ``Refresh.to_dict``.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if isinstance(value, Refresh):
-        return value
-    if isinstance(value, Mapping):
-        return refresh_from_dict(value)
-    words = value.lower().split() if isinstance(value, str) else []
-    try:
-        if words in (["always"], ["once"]):
-            return Always() if words == ["always"] else Once()
-        if words[:2] == ["sigma", "ratio"] and len(words) == 3:
-            return SigmaRatio(float(words[2]))
-        if words[:1] == ["every"] and words[2:] in ([], ["step"], ["steps"]):
-            return EverySteps(int(words[1]))
-        if words[:1] == ["drift"] and len(words) == 2:
-            return Drift(float(words[1]))
-        if words[:1] == ["checkpoints"]:
-            named = CA_TOME_CHECKPOINTS.get(" ".join(words[1:]))
-            return named or Checkpoints(tuple(float(word) for word in words[1:]))
-    except (ValueError, IndexError, OverflowError) as error:
-        raise ValueError(f"refresh is {value!r}: {error}") from None
-    raise ValueError(
-        f"refresh is {value!r}; it must be 'always', 'once', 'sigma ratio 2', 'every 5 steps', 'drift 0.05' or "
-        f"'checkpoints' with a list's name ({', '.join(CA_TOME_CHECKPOINTS)}) or fractions from 0 to 1"
-    )

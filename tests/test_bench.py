@@ -306,7 +306,7 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         (["--methods", "default,default"], "it must name each one once"),
         (["--methods", "default:ratio"], "override is 'ratio'; it must be field=value"),
         (["--methods", "default:ratio=0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
-        (["--methods", "default:refresh=often"], "refresh is 'often'; it must be always, once, sigma_RATIO"),
+        (["--methods", "default:refresh=often"], "refresh is 'often'; it must be 'always', 'once'"),
         (["--methods", "plain:ratio=0.5"], "plain takes no overrides"),
         (["--modules", "attn3"], "modules is 'attn3'; it must be one of attn1"),
         (["--steps", "1"], "steps is 1; it must be 0"),

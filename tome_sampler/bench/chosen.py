@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from tome_sampler.bench.host import Host
-from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method, Stacked, config_of, value_of
+from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method, Stacked
 from tome_sampler.bench.peers import PACKAGES, CaTome, DeepCache, HyperTile, TomeSd, package_of, threshold_for
 from tome_sampler.config import PRESETS, MergeConfig
+from tome_sampler.spelling import read_overrides
 
 LIMITS = ("plain", "bound", "zero_overhead")
 OURS = tuple(name for name in PRESETS if name not in PACKAGES)
@@ -25,7 +26,7 @@ class Chosen:
 
     label: str
     name: str
-    overrides: dict[str, str]
+    overrides: dict[str, Any]
 
     @property
     def preset(self) -> str | None:
@@ -35,11 +36,11 @@ class Chosen:
 
     def config(self, common: dict[str, Any]) -> MergeConfig | None:
         """The configuration of one of our presets, with what all of them are given here."""
-        return None if self.preset is None else config_of(self.preset, self.overrides, common)
+        return None if self.preset is None else MergeConfig.preset(self.preset, **{**common, **self.overrides})
 
     def on(self, host: Host, ratio: float, common: dict[str, Any]) -> Method:
         """The method at work on a model."""
-        config, arguments = self.config(common), {k: value_of(k, v) for k, v in self.overrides.items()}
+        config, arguments = self.config(common), dict(self.overrides)
         if self.name == "tomesd":
             return TomeSd(self.label, host, {"ratio": ratio, **arguments})
         if self.name == "ca-tome":
@@ -86,7 +87,7 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
             )
             continue
         if name not in LIMITS:
-            chosen.append(Chosen(label, name, dict(_override(piece) for piece in rest.split(",") if piece)))
+            chosen.append(Chosen(label, name, read_overrides(rest)))
         elif rest:
             raise ValueError(f"method is {label!r}; {name} takes no overrides")
     if len(set(labels)) < len(labels):
@@ -113,10 +114,3 @@ def _known(name: str) -> None:
             f"method is {name!r}; it must be one of {', '.join(known)}, or PRESET+deepcache; with fields after a "
             "colon: default:ratio=0.7"
         )
-
-
-def _override(text: str) -> tuple[str, str]:
-    field, equals, value = text.partition("=")
-    if not (equals and field and value):
-        raise ValueError(f"override is {text!r}; it must be field=value")
-    return field, value

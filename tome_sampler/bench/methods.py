@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from tome_sampler.bench.host import Host
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.modules import attach
-from tome_sampler.refresh import Always, Drift, EverySteps, Once, Refresh, SigmaRatio
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
 USUAL_STEPS = 20
@@ -172,41 +170,3 @@ class Stacked(Method):
     def release(self) -> None:
         self._below.release()
         self._above.release()
-
-
-def config_of(name: str, overrides: Mapping[str, str], common: Mapping[str, Any]) -> MergeConfig:
-    """A preset with what all presets are given, and on top of that what the command line says of this one.
-
-    Raises:
-        ValueError: a name, a field or a value is unknown or out of range.
-    """
-    return MergeConfig.preset(name, **{**common, **{field: value_of(field, text) for field, text in overrides.items()}})
-
-
-def value_of(field: str, text: str) -> Any:
-    """An override's value: what Python would read, else the text; refresh policies and modules have their own form."""
-    if field == "refresh":
-        return _refresh(text)
-    if field == "modules":
-        return tuple(text.split("+"))
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _refresh(text: str) -> Refresh:
-    """ "always", "once", "sigma_6", "steps_5" or "drift_0.05"."""
-    kind, _, number = text.partition("_")
-    try:
-        if kind in ("always", "once") and not number:
-            return Always() if kind == "always" else Once()
-        if kind == "sigma":
-            return SigmaRatio(float(number))
-        if kind == "steps":
-            return EverySteps(int(number))
-        if kind == "drift":
-            return Drift(float(number))
-    except ValueError as error:
-        raise ValueError(f"refresh is {text!r}: {error}") from None
-    raise ValueError(f"refresh is {text!r}; it must be always, once, sigma_RATIO, steps_NUMBER or drift_TOLERANCE")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import tome_sampler
-from tome_sampler import demo, sampling
+from tome_sampler import demo
 from tome_sampler.config import MergeConfig
-from tome_sampler.demo.model import LATENT_CHANNELS, LATENT_SIZE, to_picture
+from tome_sampler.models.embedded import SIZE, EmbeddedModel
+from tome_sampler.models.run import Settings
+from tome_sampler.models.run import sample as run_model
 from tome_sampler.pairing import Pairing
+from tome_sampler.session import MergeSession
 
 
 @dataclass(frozen=True)
@@ -71,50 +71,18 @@ def sample(
     Raises:
         ValueError: there are fewer than 2 steps, or there is no such sampler.
     """
-    if steps < 2:
-        raise ValueError(f"steps is {steps}; it must be at least 2")
-    known = [name.removeprefix("sample_") for name in sampling.sampler_names()]
-    if sampler not in known:
-        raise ValueError(f"sampler is {sampler!r}; k-diffusion has {', '.join(known)}")
-    model = demo.load_model(device=device)
-    wrapped = demo.denoiser(model)
-    sigmas = wrapped.get_sigmas(steps)
-    # drawn on the CPU, so that a seed gives the same picture on every device
-    noise = torch.randn(1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=torch.Generator().manual_seed(seed))
-    conditioning = demo.encode([prompt, ""], model)
-    extra_args = {"cond": conditioning[:1], "uncond": conditioning[1:], "cond_scale": cond_scale}
-    function = getattr(sampling, f"sample_{sampler}")
-    arguments: tuple[Any, ...] = (sigmas,)
-    if sampler in ("dpm_fast", "dpm_adaptive"):  # these two choose their own sigmas
-        arguments = (sigmas[-2].item(), sigmas[0].item(), *((steps,) if sampler == "dpm_fast" else ()))
+    settings = Settings((SIZE, SIZE), steps, sampler, cond_scale)
     middle: dict[str, Any] = {}
 
-    def run(session: tome_sampler.MergeSession | None) -> tuple[Tensor, float]:
-        def callback(info: dict[str, Any]) -> None:
-            if session is not None and info["i"] == steps // 2:
-                middle["importance"] = None if session.importance is None else session.importance[0].cpu()
-                middle["pairing"] = next(iter(session.pairings().values()), None)
-            if on_step is not None:
-                on_step()
+    def look(step: int, session: MergeSession | None) -> None:
+        if session is not None and step == steps // 2:
+            middle["importance"] = None if session.importance is None else session.importance[0].cpu()
+            middle["pairing"] = next(iter(session.pairings().values()), None)
+        if on_step is not None:
+            on_step()
 
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # of the noise that some samplers add
-            started = time.perf_counter()
-            latent = function(
-                tome_sampler.CFGDenoiser(wrapped, session),
-                noise.to(device) * sigmas[0],
-                *arguments,
-                extra_args=extra_args,
-                callback=callback,
-                disable=True,
-            ).cpu()
-            return to_picture(latent)[0], time.perf_counter() - started
-
-    if config is None:
-        return Sample(*run(None))
-    with tome_sampler.merging(model, config, sigmas=sigmas.tolist()) as session:
-        picture, seconds = run(session)
-        return Sample(picture, seconds, session.stats.to_dict(), middle.get("importance"), middle.get("pairing"))
+    run = run_model(EmbeddedModel(device), [prompt], [seed], settings, config, on_step=look)
+    return Sample(run.pictures[0], run.seconds, run.stats, middle.get("importance"), middle.get("pairing"))
 
 
 def compare(

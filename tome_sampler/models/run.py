@@ -1,0 +1,143 @@
+"""One sampling run of a model by a k-diffusion sampler, plain or with any way of merging put on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tome_sampler
+from tome_sampler import sampling
+from tome_sampler.config import MergeConfig
+from tome_sampler.models import Model
+from tome_sampler.session import MergeSession
+
+Applied = Callable[[list[float]], AbstractContextManager[MergeSession | None]]
+"""Given a run's noise levels, what puts a method on the model, and the session if it is one of ours."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: what is not the prompt, the seed or the merging. size: (height, width) in pixels.
+
+    Raises:
+        ValueError: there are fewer than 2 steps, or k-diffusion has no such sampler.
+    """
+
+    size: tuple[int, int]
+    steps: int = 20
+    sampler: str = "dpmpp_2m"
+    cond_scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}; it must be at least 2")
+        known = [name.removeprefix("sample_") for name in sampling.sampler_names()]
+        if self.sampler not in known:
+            raise ValueError(f"sampler is {self.sampler!r}; k-diffusion has {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a run gave. pictures: (b 3 height width) in [-1, 1]. seconds: wall time of sampling. model_seconds: of it,
+    inside the model, as `clock` counts. stats: of a session, ``Stats.to_dict``; else None."""
+
+    pictures: Tensor
+    seconds: float
+    model_seconds: float
+    stats: dict[str, Any] | None
+
+
+def noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """A run's start (b c h w), of variance 1: drawn on the CPU and a picture at a time, so that a seed gives the same
+    picture on every device, alone and in a batch."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def sample(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    merging: MergeConfig | Applied | None = None,
+    *,
+    negative: str = "",
+    on_step: Callable[[int, MergeSession | None], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sampled:
+    """Sample one batch, a picture for each prompt and seed.
+
+    Args:
+        merging: a configuration, or another way to merge (:data:`Applied`); None: plain.
+        on_step: is told of each step, from 0, after the model has run in it.
+        clock: seconds, of which differences count for `model_seconds`; ``time.process_time`` for CPU time.
+    """
+    wrapped = model.denoiser()
+    sigmas = wrapped.get_sigmas(settings.steps)
+    start = noise(seeds, model.latent_shape(settings.size)).to(sigmas.device) * sigmas[0]
+    levels = [float(sigma) for sigma in sigmas]
+    extra_args = {
+        "cond": model.condition(prompts, settings.size),
+        "uncond": model.condition([negative] * len(prompts), settings.size),
+        "cond_scale": settings.cond_scale,
+    }
+    function = getattr(sampling, f"sample_{settings.sampler}")
+    arguments: tuple[Any, ...] = (sigmas,)
+    if settings.sampler in ("dpm_fast", "dpm_adaptive"):  # these two choose their own sigmas
+        steps = (settings.steps,) if settings.sampler == "dpm_fast" else ()
+        arguments = (levels[-2], levels[0], *steps)
+    if isinstance(merging, MergeConfig):
+        merging = partial(_merging, model.module, merging)
+    with (
+        torch.no_grad(),
+        nullcontext() if merging is None else merging(levels) as session,
+        _stopwatch(model.module, clock) as inside,
+        torch.random.fork_rng(devices=[]),
+    ):
+
+        def callback(info: dict[str, Any]) -> None:
+            if on_step is not None:
+                on_step(int(info["i"]), session)
+
+        torch.manual_seed(seeds[0])  # of the noise that some samplers add
+        started = time.perf_counter()
+        denoiser = tome_sampler.CFGDenoiser(wrapped, session)
+        latents = function(denoiser, start, *arguments, extra_args=extra_args, callback=callback, disable=True)
+        pictures = model.pictures(latents)
+        seconds = time.perf_counter() - started
+        return Sampled(pictures, seconds, sum(inside), None if session is None else session.stats.to_dict())
+
+
+def _merging(module: nn.Module, config: MergeConfig, sigmas: list[float]) -> AbstractContextManager[MergeSession]:
+    return tome_sampler.merging(module, config, sigmas=sigmas)
+
+
+@contextmanager
+def _stopwatch(module: nn.Module, clock: Callable[[], float]) -> Iterator[list[float]]:
+    """Within it, a list of what each call of the module took."""
+    spent: list[float] = []
+    began: list[float] = []
+
+    def wait() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return clock()
+
+    def before(*_: Any) -> None:
+        began.append(wait())
+
+    def after(*_: Any) -> None:
+        spent.append(wait() - began.pop())
+
+    handles = [module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(after)]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
