@@ -1,0 +1,124 @@
+"""From a command line to results."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tome_sampler.eval.measure import Plan, measure
+from tome_sampler.eval.methods import read_methods
+from tome_sampler.eval.pictures import read_pictures
+from tome_sampler.eval.plot import plot, plotter
+from tome_sampler.eval.processes import Processes
+from tome_sampler.eval.prompts import cases, held_out_captions, read_prompts
+from tome_sampler.eval.report import conditions, report
+from tome_sampler.eval.rows import check_rows, read_rows, write_whole
+from tome_sampler.eval.sheet import sheet
+from tome_sampler.eval.summary import points
+from tome_sampler.eval.weights import clip_score, inception_distances, lpips
+from tome_sampler.models import Model, open_model
+from tome_sampler.models.run import Settings
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Draw, compare, report.
+
+    Raises:
+        ValueError: what the user gave cannot be used, with the reason. ImportError: an option needs a package that is
+            not there. OSError: a file cannot be read or written; the rows that were written are whole.
+    """
+    _check(args)
+    methods, notes = read_methods(args.methods)
+    prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
+    pyplot: Any = plotter() if args.plot else None
+    torch.set_num_threads(args.threads)
+    processes = Processes()
+    model = open_model(args.model, device=processes.device(args.device))
+    settings = _settings(args, model)
+    if prompts is None:
+        if model.name != "embedded":
+            raise ValueError(f"{model.name} needs --prompt-file; only the embedded model has captions of its own")
+        prompts = held_out_captions(args.prompts, args.first_seed)
+    else:
+        model.condition(prompts, settings.size)  # a prompt that cannot be encoded is told before anything is drawn
+    if args.reference is not None:
+        read_pictures(args.reference)
+    extras = [make(path) for make, path in ((lpips, args.lpips), (clip_score, args.clip)) if path is not None]
+    distances = None if args.inception is None else inception_distances(args.inception)
+    device = next(model.module.parameters()).device.type
+    plan = Plan(
+        model=model,
+        cases=cases(prompts, args.seeds, args.first_seed),
+        methods=methods,
+        settings=settings,
+        batch=args.batch,
+        run={
+            "model": model.name,
+            "size": list(settings.size),
+            "steps": settings.steps,
+            "sampler": settings.sampler,
+            "cond_scale": settings.cond_scale,
+            "batch": args.batch,
+            "first_seed": args.first_seed,
+            "device": device,
+            "threads": args.threads,
+            "clock": "process CPU time" if device == "cpu" and args.threads == 1 else "wall clock",
+            "weights": [name for name in ("lpips", "clip") if getattr(args, name) is not None],
+        },
+        extras=extras,
+        pictures=args.pictures,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = args.json or Path(folder) / "rows.jsonl"
+        check_rows(read_rows(file), plan.run, methods, file)
+        rows = measure(plan, file, processes, progress=not args.quiet)
+    if not processes.first:
+        return 0
+    found = points(methods, rows)
+    if distances is not None:
+        notes.append(distances(plan, args.reference))
+    text = report(plan.run, found, notes, args.matched)
+    print(text, end="")
+    if args.markdown:
+        write_whole(args.markdown, text.encode())
+    if args.plot:
+        write_whole(args.plot, plot(pyplot, found, conditions(plan.run, found)))
+    if args.sheet and (drawn := sheet(plan, rows)):
+        write_whole(args.sheet, drawn)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, low in (("prompts", 1), ("seeds", 1), ("batch", 1), ("threads", 1), ("first_seed", 0)):
+        if getattr(args, name) < low:
+            raise ValueError(f"{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+    for path in (args.json, args.markdown, args.plot, args.sheet):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    if args.inception is not None and args.pictures is None:
+        raise ValueError("--inception needs --pictures, the folder that it takes the pictures from")
+    if args.reference is not None and args.inception is None:
+        raise ValueError("--reference needs --inception, which compares with it")
+
+
+def _settings(args: argparse.Namespace, model: Model) -> Settings:
+    usual = model.usual
+    settings = Settings(
+        size=usual.size if args.size is None else _size(args.size),
+        steps=usual.steps if args.steps is None else args.steps,
+        sampler=usual.sampler if args.sampler is None else args.sampler,
+        cond_scale=usual.cond_scale if args.cond_scale is None else args.cond_scale,
+    )
+    model.latent_shape(settings.size)  # which says what is wrong with a size
+    return settings
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+        raise ValueError(f"size is {text!r}; it must be a number of pixels, or HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])

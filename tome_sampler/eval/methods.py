@@ -1,0 +1,206 @@
+"""Ways to sample, as the command line names them: plain, two packages as they are, and presets of ours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+
+from tome_sampler.bench.patched import Patch
+from tome_sampler.bench.peers import PACKAGES, package_of
+from tome_sampler.config import PRESETS, MergeConfig
+from tome_sampler.models import Model
+from tome_sampler.models.run import Settings, sample
+from tome_sampler.spelling import read_overrides
+
+DEFAULT = "tomesd:ratio=0.5,ca-tome,importance:ratio=0.5,quality,default,fast,plain:other_seed=1"
+PEERS = ("tomesd", "ca-tome")
+BASELINES = ("other_seed", "more_steps")
+"""What plain may be compared with itself by: a seed so much further, or so many more steps."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of a method. pictures: (b 3 h w) in [-1, 1]. unet_seconds: of all of them. merged_fraction: of the
+    tokens of the layers on merged levels, 0 .. 1, or None where nothing merges."""
+
+    pictures: Tensor
+    unet_seconds: float
+    merged_fraction: float | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to sample. label: as it was asked for. name, setting: before and after the label's colon."""
+
+    label: str
+    name: str
+    setting: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what all others are compared with."""
+        return self.label == "plain"
+
+    @property
+    def config(self) -> MergeConfig | None:
+        """Of a preset of ours, or one that reproduces a paper."""
+        return None if self.name in ("plain", *PEERS) else MergeConfig.preset(self.name, **self.overrides)
+
+    @property
+    def curve(self) -> str:
+        """What settings of a method that differ only in how much is merged have in common."""
+        rest = [piece for piece in self.setting.split(",") if piece.partition("=")[0] not in ("ratio", "r", "")]
+        return ":".join(filter(None, (self.name, ",".join(rest))))
+
+    def draw(
+        self, model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, clock: Callable[[], float]
+    ) -> Drawn:
+        """A picture of each prompt, in one batch."""
+        if self.name in PEERS:
+            return self._draw_by_package(model, prompts, seeds, settings, clock)
+        if self.name == "plain":
+            seeds = [seed + _FAR * self.overrides.get("other_seed", 0) for seed in seeds]
+            settings = replace(settings, steps=settings.steps + self.overrides.get("more_steps", 0))
+        run = sample(model, prompts, seeds, settings, self.config, clock=clock)
+        stats = run.stats or {}
+        return Drawn(run.pictures, run.model_seconds, stats.get("merged_fraction"), tuple(stats.get("notes", ())))
+
+    def _draw_by_package(
+        self, model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, clock: Callable[[], float]
+    ) -> Drawn:
+        unet = _patched_module(model.module)
+        lengths: dict[int, list[int]] = {}  # of a layer's tokens: what attention got of them, call by call
+
+        def apply() -> None:
+            if self.name == "tomesd":
+                package_of("tomesd").apply_patch(unet, **self.overrides)
+            else:
+                # its `apply_CA_ToMe` also replaces a whole pipeline; this is the part that merges
+                steps = package_of("ca-tome").CacheConf.CONFIG_3  # its best list
+                import_module("ca_tome.patch").apply_patch(unet, steps, **self.overrides)
+
+        def tell_step(number: int) -> None:
+            for module in unet.modules():
+                if hasattr(module, "_cache_info"):
+                    module.inference_step = number  # type: ignore[assignment]
+
+        @contextmanager
+        def applied(sigmas: list[float]) -> Iterator[None]:
+            del sigmas
+            with _lengths_seen(unet, lengths), Patch(unet, apply).on():
+                tell_step(1)  # as its own pipeline counts
+                yield
+
+        run = sample(model, prompts, seeds, settings, applied, on_step=lambda i, _: tell_step(i + 2), clock=clock)
+        return Drawn(run.pictures, run.model_seconds, _merged(lengths))
+
+
+_FAR = 7_000_000_000  # from any seed that is in use
+
+
+def read_methods(text: str | None) -> tuple[list[Method], list[str]]:
+    """The methods of a command line, plain first, and what was left out and why.
+
+    Args:
+        text: "tomesd:ratio=0.5,default:ratio=0.7,stride=4,fast", or None: :data:`DEFAULT`, as far as its packages are
+            there.
+
+    Raises:
+        ValueError: a name, a field or a value is unknown, or a method is there twice. ImportError: a package that was
+            asked for is not installed.
+    """
+    methods, notes = [Method("plain", "plain")], []
+    labels: list[str] = []
+    for piece in filter(None, (piece.strip() for piece in (DEFAULT if text is None else text).split(","))):
+        if labels and "=" in piece and ":" not in piece:  # a field of the method before it
+            labels[-1] += f",{piece}"
+        else:
+            labels.append(piece)
+    for label in (label for label in labels if label != "plain"):
+        name, _, setting = label.partition(":")
+        if name in PEERS and text is None and find_spec(PACKAGES[name][0]) is None:
+            notes.append(f"{name} is not in the table: the package {PACKAGES[name][0]} is not installed")
+            continue
+        method = Method(label, name, setting, read_overrides(setting))
+        _check(method)
+        methods.append(method)
+    if len({method.label for method in methods}) < len(methods):
+        raise ValueError(f"methods is {text!r}; it must name each one once")
+    return methods, notes
+
+
+def _check(method: Method) -> None:
+    """It can be run, as far as that can be known without a model."""
+    if method.name in PEERS:
+        package_of(method.name)
+        module = import_module("tomesd" if method.name == "tomesd" else "ca_tome.patch")
+        known = [
+            name for name in inspect.signature(module.apply_patch).parameters if name not in ("model", "compute_on")
+        ]
+    elif method.name == "plain":
+        known = list(BASELINES)
+        for name, value in method.overrides.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r} in {method.label!r}; it must be a whole number of at least 1")
+    elif method.name in PRESETS:
+        known = list(method.overrides)
+        _ = method.config  # which says what is wrong with it
+    else:
+        raise ValueError(
+            f"method is {method.name!r}; it must be one of plain, {', '.join((*PEERS, *PRESETS))}; with fields after a "
+            "colon: default:ratio=0.7"
+        )
+    for name in method.overrides:
+        if name not in known:
+            raise ValueError(f"{method.name} has no field {name!r}; it has {', '.join(known)}")
+
+
+def _patched_module(module: nn.Module) -> nn.Module:
+    """What the packages are given: the first diffusers model in a tree that has self-attention, else the whole."""
+    for part in module.modules():
+        named = any(kind.__name__ == "ModelMixin" for kind in type(part).__mro__)
+        if named and any(name.endswith("attn1") for name, _ in part.named_modules()):
+            return part
+    return module
+
+
+@contextmanager
+def _lengths_seen(unet: nn.Module, seen: dict[int, list[int]]) -> Iterator[None]:
+    """Within it, what each transformer block gets, and what its attention gets of that, is put into `seen`."""
+    whole: list[int] = []
+
+    def block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        whole.append(_tokens(args, kwargs))
+
+    def attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        seen.setdefault(whole.pop(), []).append(_tokens(args, kwargs))
+
+    with ExitStack() as stack:
+        for module in unet.modules():
+            inner = getattr(module, "attn1", None)
+            if isinstance(inner, nn.Module):
+                stack.enter_context(module.register_forward_pre_hook(block, with_kwargs=True))
+                stack.enter_context(inner.register_forward_pre_hook(attention, with_kwargs=True))
+        yield
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return int(next(tensors).shape[1])
+
+
+def _merged(lengths: dict[int, list[int]]) -> float:
+    levels = {whole: got for whole, got in lengths.items() if any(length < whole for length in got)}
+    before = sum(whole * len(got) for whole, got in levels.items())
+    return 1 - sum(map(sum, levels.values())) / before if before else 0.0

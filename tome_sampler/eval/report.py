@@ -1,0 +1,140 @@
+"""Figures as tables."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from tome_sampler.config import PRESETS
+from tome_sampler.eval.methods import PEERS
+from tome_sampler.eval.rows import Row
+from tome_sampler.eval.summary import PROPERTIES, Estimate, Match, Point, match
+
+PAPERS = ("tomesd", "ca_tome", "importance")
+OURS = tuple(name for name in PRESETS if name not in PAPERS)
+_EMPTY = ""
+
+
+def conditions(run: Row, points: Sequence[Point]) -> str:
+    """What was run, in one line."""
+    prompts = len(points[0].columns["psnr"])
+    height, width = run["size"]
+    return (
+        f"{run['model']}, {width}x{height} pixels, {run['sampler']}, {run['steps']} steps, cond_scale "
+        f"{run['cond_scale']:g}, batch {run['batch']}: {points[0].pictures} pictures of {prompts} prompts for each "
+        f"method, first seed {run['first_seed']}. {platform.machine()}, torch {torch.__version__}, {run['device']}, "
+        f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['clock']}. In brackets: 95 % bootstrap intervals "
+        "over prompts."
+    )
+
+
+def table(points: Sequence[Point]) -> str:
+    """A line a method: speed, and what is kept of the plain picture of the same seed; means."""
+    rows = [
+        [
+            point.method.label,
+            f"{point.seconds:.2f}",
+            _interval(point.speedup_estimate(), 2, "x"),
+            f"{point.flops / 1e9:.0f}",
+            _EMPTY if point.merged is None else f"{point.merged:.0%}",
+            *(
+                _EMPTY if point.method.is_plain else _interval(point.estimate(figure), digits)
+                for figure, digits in _SHOWN
+            ),
+            *(
+                _EMPTY if not any(p.has(figure) for p in points) else _interval(point.estimate(figure), 3)
+                for figure in _optional(points)
+            ),
+            _EMPTY if point.right is None else " / ".join(f"{100 * point.right[name]:.1f}" for name in PROPERTIES),
+            *(_EMPTY if value is None else f"{value:.2f}" for value in (point.to_drawn, point.to_plain)),
+        ]
+        for point in points
+    ]
+    heads = [
+        "method", "U-Net, s", "speed-up", "GFLOP", "merged", "PSNR, dB", "SSIM", "MS-SSIM", "GMSD", "error inside",
+        "error outside", *(name.upper() for name in _optional(points)), "objects right, %",
+        "scene FD to drawn", "scene FD to plain",
+    ]  # fmt: skip
+    return _markdown(heads, rows)
+
+
+_SHOWN = (("psnr", 1), ("ssim", 4), ("ms_ssim", 4), ("gmsd", 4), ("error_inside", 4), ("error_outside", 4))
+
+
+def _optional(points: Sequence[Point]) -> list[str]:
+    return [figure for figure in ("lpips", "clip") if any(point.has(figure) for point in points)]
+
+
+def curves(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """Points by what their settings have in common, each sorted by speed."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        if point.method.name != "plain":
+            found.setdefault(point.method.curve, []).append(point)
+    return {name: sorted(those, key=lambda point: point.speedup) for name, those in found.items()}
+
+
+def matches(points: Sequence[Point], curve: str | None) -> tuple[str, list[tuple[Point, Match | None]]]:
+    """Another's every point beside a curve of ours at the same speed; by default beside our longest curve.
+
+    Raises:
+        ValueError: there is no such curve.
+    """
+    ours = {name: those for name, those in curves(points).items() if those[0].method.name in OURS}
+    if curve is not None and curve not in ours:
+        raise ValueError(
+            f"matched is {curve!r}; it must be one of {', '.join(ours) or 'presets of ours, and none ran'}"
+        )
+    if not ours:
+        return "", []
+    name = max(ours, key=lambda key: len(ours[key])) if curve is None else curve
+    others = [p for p in points if p.method.name in (*PEERS, *PAPERS)]
+    return name, [(other, match(ours[name], other)) for other in others]
+
+
+def matched_table(found: Sequence[tuple[Point, Match | None]]) -> str:
+    """Ours less theirs, at their speed."""
+    rows = []
+    for theirs, pair in found:
+        start = [theirs.method.label, f"{theirs.speedup:.2f}x"]
+        if pair is None:
+            rows.append([*start, "no setting of ours is as fast", "", "", ""])
+            continue
+        at = "the same" if pair.faster is None else f"{pair.faster:.2f}x"
+        inside = _EMPTY if pair.inside is None else _interval(pair.inside, 2)
+        rows.append([*start, at, _interval(pair.psnr, 1, sign=True), _interval(pair.ssim, 4, sign=True), inside])
+    heads = ["theirs", "speed-up", "ours at", "PSNR, dB, ours less theirs", "SSIM, ours less theirs"]
+    return _markdown([*heads, "error inside, ours / theirs"], rows)
+
+
+_ALIGNED = "---"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    used = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
+    lines = [[heads[i] for i in used], [_ALIGNED] * len(used), *([row[i] for i in used] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _interval(estimate: Estimate | None, digits: int, unit: str = "", *, sign: bool = False) -> str:
+    if estimate is None:
+        return _EMPTY
+    form = f"{'+' if sign else ''}.{digits}f"
+    text = f"{estimate.value:{form}}{unit}"
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def report(run: Row, points: Sequence[Point], notes: Sequence[str], curve: str | None) -> str:
+    """Everything, as markdown."""
+    if not points:
+        return "No picture has been drawn by all methods yet.\n"
+    parts = [conditions(run, points), table(points)]
+    name, found = matches(points, curve)
+    if found:
+        parts += [f"At the same speed: {name}, straight between its settings.", matched_table(found)]
+    parts += list(notes)
+    return "\n\n".join(parts) + "\n"
