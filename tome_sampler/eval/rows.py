@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tome_sampler.config import MergeConfig
 from tome_sampler.eval.methods import Method
 
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ def check_rows(rows: Iterable[Row], run: Row, methods: Sequence[Method], path: P
     Raises:
         ValueError: rows were made with other settings than `run`, or a method's preset meant something else then.
     """
-    configs = {(m.name, m.setting): None if m.config is None else m.config.to_dict() for m in methods}
+    configs = {(m.name, m.setting): m.config for m in methods}
     for row in rows:
         for name in run.keys() | row["run"].keys():
             was, now = row["run"].get(name), run.get(name)
@@ -62,7 +63,7 @@ def check_rows(rows: Iterable[Row], run: Row, methods: Sequence[Method], path: P
                     "and to start anew, another file"
                 )
         config = configs.get((row["method"], row["setting"]))
-        if config is not None and row.get("config") != json.loads(json.dumps(config)):
+        if config is not None and MergeConfig.from_dict(row["config"]) != config:
             raise ValueError(
                 f"{path} has pictures of {row['method']} when that preset meant other settings; give another file, or "
                 "the settings of then after a colon"
