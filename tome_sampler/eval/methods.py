@@ -58,7 +58,11 @@ class Method:
     @property
     def curve(self) -> str:
         """What settings of a method that differ only in how much is merged have in common."""
-        rest = [piece for piece in self.setting.split(",") if piece.partition("=")[0] not in ("ratio", "r", "")]
+        rest = []
+        for piece in filter(None, self.setting.split(",")):
+            name, _, value = piece.partition("=")
+            if name not in ("ratio", "r") and (name != "threshold" or value == "None"):
+                rest.append(piece)
         return ":".join(filter(None, (self.name, ",".join(rest))))
 
     def draw(
