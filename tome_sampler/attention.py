@@ -26,6 +26,9 @@ one more q/k channel elsewhere, because on CUDA a mask loses the flash kernel.""
 
 _SOFTMAX: set[Callable[..., Any]] = {torch.softmax, Tensor.softmax, F.softmax}
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+_PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
+_PLAIN_PROCESSORS += ("XFormersAttnProcessor", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0")
+"""diffusers' processors that attend from all tokens of a layer to all of them, and do nothing else."""
 _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp16
 
 
@@ -33,18 +36,26 @@ class proportional_attention(TorchFunctionMode):
     """Within it, attention over m keys adds `log_size` (b m) to their logits.
 
     `heads`, if known, says that logits with the heads folded into the batch have b * heads rows; fewer are then taken
-    for a slice, of slices worked off in order, as memory-saving attention does.
+    for a slice, of slices worked off in order, as memory-saving attention does. So are fewer batch rows: guidance by
+    perturbed attention and reference attention treat some of them apart.
+
+    `tokens` (b m c), if given, are the merged tokens themselves. Keys made of them and of others after them, put
+    together by ``torch.cat`` as reference attention does, are then known: the others count once each.
 
     ``used`` tells afterwards whether any attention did: one that calls neither of the two functions (xformers' own
     operators, say) cannot be reached, see :func:`own_attention`.
     """
 
-    def __init__(self, log_size: Tensor, form: Form | None = None, heads: int | None = None) -> None:
+    def __init__(
+        self, log_size: Tensor, form: Form | None = None, heads: int | None = None, tokens: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.log_size = log_size.clamp(min=_NEVER)
         self.form = form or FORM.get(log_size.device.type, "channel")
         self.heads = heads
         self.used = False
+        self._tokens = tokens
+        self._lengths = {log_size.shape[1]}  # of keys that are the merged tokens, or begin with them
         self._done = 0  # folded rows of the slices so far
 
     def __torch_function__(
@@ -59,29 +70,41 @@ class proportional_attention(TorchFunctionMode):
             if bias is not None:
                 self.used = True
                 return func(logits + bias, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is torch.cat and self._tokens is not None:
+            self._joined(args[0] if args else kwargs["tensors"], out)
+        return out
+
+    def _joined(self, parts: Any, whole: Tensor) -> None:
+        """Tensors were put together: are they the merged tokens, or some rows of them, and others after those?"""
+        first, tokens = parts[0], self._tokens
+        if tokens is None or first.ndim != 3 or first.shape[1:] != tokens.shape[1:] or whole.shape[0] != first.shape[0]:
+            return
+        if first.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr():
+            self._lengths.add(whole.shape[1])
 
     def _bias(self, logits: Tensor) -> Tensor | None:
         """log_size in the shape of logits (b ... i m) or, heads folded into the batch, (b*heads i m) or a slice of
         its rows; None if they are something else's."""
         b, m = self.log_size.shape
-        rows = logits.shape[0]
-        if logits.ndim < 3 or logits.shape[-1] != m:
+        rows, more = logits.shape[0], logits.shape[-1] - m
+        if logits.ndim < 3 or logits.shape[-1] not in self._lengths:
             return None
-        bias = self.log_size.to(logits.dtype)
+        bias = F.pad(self.log_size.to(logits.dtype), (0, more))
         if logits.ndim > 3 or (self.heads is None and rows == b):
-            if rows != b:
-                return None
+            heads = 1
         else:
             heads = self.heads or rows // b
-            if rows > b * heads or (self.heads is None and rows % b):
+            if self.heads is None and rows % b:
                 return None
             bias = bias.repeat_interleave(heads, 0)
-            if rows < b * heads:
-                first, self._done = self._done, (self._done + rows) % (b * heads)
-                if first + rows > b * heads:
-                    return None
-                bias = bias[first : first + rows]
+        if rows > b * heads:
+            return None
+        if rows < b * heads:
+            first, self._done = self._done, (self._done + rows) % (b * heads)
+            if first + rows > b * heads:
+                return None
+            bias = bias[first : first + rows]
         return bias.view(rows, *(1,) * (logits.ndim - 2), -1)
 
     def _sdpa(
@@ -132,6 +155,7 @@ def has_own_attention(module: nn.Module) -> bool:
     special = ("group_norm", "spatial_norm", "norm_q", "norm_k", "residual_connection")
     return (
         isinstance(getattr(module, "heads", None), int)
+        and type(getattr(module, "processor", None)).__name__ in ("NoneType", *_PLAIN_PROCESSORS)
         and all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
         and not any(getattr(module, name, None) for name in special)
         and getattr(module, "rescale_output_factor", 1) == 1

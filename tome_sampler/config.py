@@ -12,7 +12,7 @@ from tome_sampler.refresh import CA_TOME_CHECKPOINTS, Always, Refresh, SigmaRati
 Destinations = Literal["grid", "cell", "pool"]
 Search = Literal["global", "local"]
 BatchRule = Literal["row", "max"]
-Metric = Literal["attention", "block"]
+Metric = Literal["attention", "block", "position"]
 MODULES = ("attn1", "attn2", "ff", "block")
 
 
@@ -64,7 +64,7 @@ class MergeConfig:
         search: "global": among all destinations; "local": among those at most `neighbourhood` cells away.
         neighbourhood: cells in each direction for the local search, >= 1.
         metric: "attention": similarity of what the attention layer gets; "block": of what its block gets, before
-            the norm (ToMe-SD).
+            the norm (ToMe-SD); "position": nearness in the picture, whatever the features (Wu et al. 2025, PixArt).
         share_branches: match on the cond row and use the pairs for the uncond row too. It halves the matching.
         share_layers: all layers of a level use the pairs of the first one that needed them.
 
@@ -128,7 +128,7 @@ class MergeConfig:
         _one_of("batch_rule", self.batch_rule, ("row", "max"))
         _one_of("destinations", self.destinations, ("grid", "cell", "pool"))
         _one_of("search", self.search, ("global", "local"))
-        _one_of("metric", self.metric, ("attention", "block"))
+        _one_of("metric", self.metric, ("attention", "block", "position"))
         for name, low in (("levels", 1), ("min_tokens", 0), ("neighbourhood", 1)):
             _whole(name, getattr(self, name), low)
         _whole("seed", self.seed, 0)

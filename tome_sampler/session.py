@@ -17,6 +17,7 @@ from tome_sampler.config import MergeConfig
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
 from tome_sampler.matching import cell_dst, cell_size, global_match, grid_dst, local_match, pool_dst, sources_to_merge
 from tome_sampler.pairing import Pairing
+from tome_sampler.positions import position_features
 from tome_sampler.refresh import Clock, Moment
 from tome_sampler.stats import Stats
 
@@ -105,8 +106,10 @@ class MergeSession:
         self._levels: set[int] = set()  # how coarse they are: of the model, so it outlives runs and sizes
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the run: pairs, importance, statistics and time."""
+    def reset(self, sigmas: Sequence[float] | None = None) -> None:
+        """Forget the run: pairs, importance, statistics and time. `sigmas`: the next one's schedule, where known."""
+        if sigmas is not None:
+            self._sigmas = [float(s) for s in sigmas]
         self.stats = Stats()
         self._clock = Clock(self._sigmas, self._table, self._restarts)
         self._call: ModelCall | None = None
@@ -195,6 +198,8 @@ class MergeSession:
         if images is None:
             self.note(f"a batch of {b} rows where the model call told of {len(branches)}: passed through")
             return None
+        if config.metric == "position":
+            metric = position_features(grid, x.device).expand(b, -1, -1)
         pairing, made = None, None
         if config.ratio > 0 and self._active():
             pairing, made = self._pairing(layer, x if metric is None else metric, grid, images, branches)

@@ -47,13 +47,19 @@ class Compiled:
     Args:
         describe: says of a call of `root` what it is.
         layers: by their number.
+        observe: is given `root` and what it returned.
     """
 
     def __init__(
-        self, root: nn.Module, session: MergeSession, describe: Callable[..., ModelCall | None], layers: list[Layer]
+        self,
+        root: nn.Module,
+        session: MergeSession,
+        describe: Callable[..., ModelCall | None],
+        layers: list[Layer],
+        observe: Callable[[nn.Module, Any], None] | None = None,
     ) -> None:
         self.number = next(_numbers)
-        self.session, self.layers = session, layers
+        self.session, self.layers, self._observe = session, layers, observe
         self._root, self._describe = weakref.ref(root), describe
         self._size: tuple[int, int] | None = None
         self._levels: list[float] = []
@@ -68,6 +74,17 @@ class Compiled:
         self._size, self._levels = (int(x.shape[-2]), int(x.shape[-1])), []
         self._open = []  # of a call that failed
         return _begin(x, time if isinstance(time, Tensor) else torch.tensor(0.0 if time is None else time), self.number)
+
+    def observe(self, output: Any) -> Any:
+        """What the root returns, seen by the observer."""
+        if isinstance(output, Tensor):
+            return _seen(output, self.number)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (_seen(output[0], self.number), *output[1:])
+        sample = getattr(output, "sample", None)
+        if isinstance(sample, Tensor):
+            output.sample = _seen(sample, self.number)
+        return output
 
     def add(self, layer: Layer) -> int:
         """A layer's number."""
@@ -154,6 +171,12 @@ class Compiled:
         if call is not None:
             self.session.begin(call)
 
+    def seen_now(self, out: Tensor) -> None:
+        """The root has returned this, in a call that nobody else has told of."""
+        root, own = self._root(), self._own_call
+        if root is not None and self._observe is not None and own is not None and self.session.current is own:
+            self._observe(root, out)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def uncounted(self, attention: nn.Module) -> None:
         """A layer's attention is of a kind that :func:`own_attention` cannot stand in for."""
@@ -209,9 +232,22 @@ def _begin_fake(x: Tensor, time: Tensor, run: int) -> Tensor:
     return torch.empty_like(x)
 
 
-_begin, _merge = _begin_op, _merge_op
+def _seen_op(out: Tensor, run: int) -> Tensor:
+    compiled = _at_work.get(run)
+    if compiled is not None:
+        compiled.seen_now(out)
+    return out.clone()
+
+
+def _seen_fake(out: Tensor, run: int) -> Tensor:
+    return torch.empty_like(out)
+
+
+_begin, _merge, _seen = _begin_op, _merge_op, _seen_op
 if hasattr(torch.library, "custom_op"):
     _begin = torch.library.custom_op("tome_sampler::begin", _begin_op, mutates_args=())
     _begin.register_fake(_begin_fake)
     _merge = torch.library.custom_op("tome_sampler::merge", _merge_op, mutates_args=())
     _merge.register_fake(_merge_fake)
+    _seen = torch.library.custom_op("tome_sampler::seen", _seen_op, mutates_args=())
+    _seen.register_fake(_seen_fake)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from tome_sampler.attention import own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.compiled import Compiled, is_compiling
+from tome_sampler.hosts.families import mergeable, require_known
+from tome_sampler.hosts.pipelines import PipelineCalls, is_pipeline, writes_reference
 from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
@@ -26,6 +28,8 @@ _attached: weakref.WeakKeyDictionary[nn.Module, list[_Attachment]] = weakref.Wea
 
 Describe = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], ModelCall | None]
 """What a call of the root module, with these arguments, is, or None where that is unknown."""
+Observe = Callable[[nn.Module, Any], None]
+"""Is given the root module and what it returned."""
 
 
 @dataclass
@@ -43,23 +47,23 @@ class _Attachment:
     """The hooks of one session on one module tree."""
 
     def __init__(
-        self, root: nn.Module, session: MergeSession, describe: Describe, failed: Callable[[Exception], None] | None
+        self,
+        root: nn.Module,
+        session: MergeSession,
+        describe: Describe,
+        failed: Callable[[Exception], None] | None,
+        observe: Observe | None,
     ) -> None:
-        self.session, self._describe, self._failed = session, describe, failed
+        self.session, self._describe, self._failed, self._observe = session, describe, failed, observe
         self._stack = ExitStack()
         self._open: dict[nn.Module, _Open] = {}
         self._open_blocks: dict[nn.Module, tuple[_Open, Tensor]] = {}  # and the tokens that it was given
         self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
-        self._compiled = Compiled(root, session, describe, [])
+        self._compiled = Compiled(root, session, describe, [], observe)
         self._reached = False  # whether a layer has run
-        blocks = [(name, m) for name, m in root.named_modules() if isinstance(getattr(m, "attn1", None), nn.Module)]
-        if not blocks:
-            raise ValueError(
-                f"{type(root).__name__} has nothing to merge: no module in it has an attention layer named 'attn1', as "
-                "the transformer blocks of ldm, sgm and diffusers U-Nets have"
-            )
+        blocks = mergeable(root)
         try:
             self._hook(root, self._begin, self._end)
             for number, (name, block) in enumerate(blocks):
@@ -121,7 +125,7 @@ class _Attachment:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
             x = _tokens(args, kwargs)
-            if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)):
+            if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)) or _needs_all(kwargs):
                 if is_compiling():
                     self._compiled.skip()
                 return None
@@ -146,7 +150,7 @@ class _Attachment:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
-            x = _tokens(args, kwargs)
+            x = None if _needs_all(kwargs) else _tokens(args, kwargs)
             if is_compiling():
                 if x is None:
                     self._compiled.skip()
@@ -200,7 +204,8 @@ class _Attachment:
         if module in self._unreached:  # its own attention is of no use: a single token, to be quick about it
             return opened.merged[:, :1]
         heads = getattr(module, "heads", None)
-        opened.mode = proportional_attention(opened.log_size, heads=heads if isinstance(heads, int) else None)
+        heads = heads if isinstance(heads, int) else None
+        opened.mode = proportional_attention(opened.log_size, heads=heads, tokens=opened.merged)
         opened.mode.__enter__()  # type: ignore[no-untyped-call]
         return opened.merged
 
@@ -249,7 +254,7 @@ class _Attachment:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_compiling():
             x, time = _latent_and_time(args, kwargs)
-            if not isinstance(x, Tensor) or x.ndim != 4:
+            if not isinstance(x, Tensor) or x.ndim not in (4, 5):
                 return None
             return _with_tokens(self._compiled.begin(x, time), x, args, kwargs)
         self._abandon()
@@ -260,13 +265,18 @@ class _Attachment:
                 self._call.__enter__()
         return None
 
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._reached:
             self._reached = True  # once is enough
             self._compiled.unreached(type(module).__name__)
-        if not is_compiling() and self._call is not None:
+        if is_compiling():
+            return None if self._observe is None else self._compiled.observe(output)
+        if self._call is not None:
             call, self._call = self._call, None
             call.__exit__(None, None, None)
+            if self._observe is not None:
+                self._observe(module, output)
+        return None
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -286,6 +296,13 @@ def _attends_to_itself(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Whether an attention layer has no other context, nor a mask made for all tokens."""
     others = [*args[1:], *(v for k, v in kwargs.items() if k not in ("hidden_states", "x"))]
     return not any(isinstance(other, Tensor) and other is not x for other in others)
+
+
+def _needs_all(kwargs: dict[str, Any]) -> bool:
+    """Whether a layer or a block is called in a way that all its tokens must be there for: a reference pass writes
+    them down, IP-Adapter's masks are cut to their number."""
+    named = {**kwargs, **(kwargs.get("cross_attention_kwargs") or {})}
+    return writes_reference(kwargs) or named.get("ip_adapter_masks") is not None
 
 
 def _latent_and_time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -317,7 +334,8 @@ def _root_of(model: Any) -> nn.Module:
     """The module tree of a model: itself, or a pipeline's U-Net or transformer."""
     for candidate in (model, getattr(model, "unet", None), getattr(model, "transformer", None)):
         if isinstance(candidate, nn.Module):
-            return candidate
+            inner = getattr(candidate, "_orig_mod", None)  # what torch.compile wraps: its hooks are in the graph
+            return inner if isinstance(inner, nn.Module) else candidate
     raise ValueError(f"{type(model).__name__} is not a torch module and has no 'unet' or 'transformer' that is one")
 
 
@@ -339,22 +357,38 @@ def apply_patch(
     """Merge tokens in `model` until :func:`remove_patch`. Prefer :func:`merging`, which undoes itself.
 
     Args:
-        model: a module tree with ``attn1`` layers (ldm, sgm, diffusers), or a pipeline that has one.
+        model: a module tree with ``attn1`` layers (ldm, sgm, diffusers), or a diffusers pipeline. Of a pipeline, noise
+            levels, guidance, frames and importance are known without being told, and each call of it is a fresh run;
+            the session's statistics are of the last one.
         config: by default ``MergeConfig()``.
         branches: how the batches of a model that is called directly are laid out, such as ("uncond", "cond"); a
-            :class:`tome_sampler.CFGDenoiser` tells it by itself.
+            :class:`tome_sampler.CFGDenoiser` and pipelines tell it by themselves.
         sigmas: the schedule that will be sampled, if known.
 
     Raises:
-        ValueError: nothing in the model matches; the model is as it was.
+        ValueError: nothing in the model matches, or it is of an unsupported kind; the model is as it was.
     """
     root = _root_of(model)
     config = MergeConfig() if config is None else config
     if not isinstance(config, MergeConfig):
         raise ValueError(f"config is {config!r}; it must be a MergeConfig, such as MergeConfig.preset('fast')")
-    session = MergeSession(config, sigmas)
-    _attach(root, session, partial(_call_of, None if branches is None else tuple(branches)))
+    told = None if branches is None else tuple(branches)
+    if not is_pipeline(model):
+        session = MergeSession(config, sigmas)
+        _attach(root, session, partial(_call_of, told))
+        return session
+    require_known(model, root)
+    session = MergeSession(config, sigmas, restarts=True)  # a pipeline's runs are told apart by its timesteps
+    calls = PipelineCalls(model, session, told, sigmas)
+    _attach(root, session, partial(_call_in_pipeline, calls), observe=calls.observe)
     return session
+
+
+def _call_in_pipeline(
+    calls: PipelineCalls, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelCall | None:
+    x, time = _latent_and_time(args, kwargs)
+    return calls.call(root, x, time, kwargs) if isinstance(x, Tensor) and x.ndim in (4, 5) else None
 
 
 def attach(
@@ -373,9 +407,13 @@ def attach(
 
 
 def _attach(
-    root: nn.Module, session: MergeSession, describe: Describe, failed: Callable[[Exception], None] | None = None
+    root: nn.Module,
+    session: MergeSession,
+    describe: Describe,
+    failed: Callable[[Exception], None] | None = None,
+    observe: Observe | None = None,
 ) -> _Attachment:
-    attachment = _Attachment(root, session, describe, failed)
+    attachment = _Attachment(root, session, describe, failed, observe)
     for other in _others(root):  # the innermost of nested sessions works, the others wait
         other.suspended = True
     _attached.setdefault(root, []).append(attachment)
