@@ -3,10 +3,15 @@ VENV ?= .venv
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-webui check format clean
+.PHONY: demo eval test test-webui check format clean
 
 demo: $(INSTALLED)  ## sample the embedded model plain and merged; pictures and figures in out/demo
 	$(VENV)/bin/tome-sampler demo --out out/demo
+
+eval: $(INSTALLED)  ## how much of the picture each method keeps, a small set; table, plot, sheet and rows in out/eval
+	@mkdir -p out/eval
+	$(VENV)/bin/tome-sampler eval --prompts 4 --json out/eval/rows.jsonl --markdown out/eval/table.md \
+	  --plot out/eval/plot.png --sheet out/eval/sheet.png
 
 test: $(INSTALLED)  ## the whole test suite
 	$(VENV)/bin/python -m pytest

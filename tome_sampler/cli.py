@@ -14,6 +14,8 @@ COMMANDS: dict[str, str] = {
     # name: the module that has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`
     "demo": "tome_sampler.demo.command",
     "bench": "tome_sampler.bench.command",
+    "generate": "tome_sampler.generate.command",
+    "inspect": "tome_sampler.inspect.command",
     "eval": "tome_sampler.eval.command",
 }
 

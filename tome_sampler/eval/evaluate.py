@@ -15,7 +15,7 @@ from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.plot import plot, plotter
 from tome_sampler.eval.processes import Processes
 from tome_sampler.eval.prompts import cases, held_out_captions, read_prompts
-from tome_sampler.eval.report import conditions, report
+from tome_sampler.eval.report import OURS, conditions, report
 from tome_sampler.eval.rows import check_rows, read_rows, write_whole
 from tome_sampler.eval.sheet import sheet
 from tome_sampler.eval.summary import points
@@ -33,6 +33,10 @@ def evaluate(args: argparse.Namespace) -> int:
     """
     _check(args)
     methods, notes = read_methods(args.methods)
+    ours = [method.curve for method in methods if method.name in OURS]
+    if args.matched is not None and args.matched not in ours:
+        known = ", ".join(dict.fromkeys(ours)) or "a curve of our presets, of which none is asked for"
+        raise ValueError(f"matched is {args.matched!r}; it must be one of {known}")
     prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
     pyplot: Any = plotter() if args.plot else None
     torch.set_num_threads(args.threads)

@@ -19,7 +19,15 @@ from tome_sampler.models import Model
 from tome_sampler.models.run import Settings, sample
 from tome_sampler.spelling import read_overrides
 
-DEFAULT = "tomesd:ratio=0.5,ca-tome,importance:ratio=0.5,quality,default,fast,plain:other_seed=1"
+DEFAULT = ",".join(
+    (
+        *(f"tomesd:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
+        *(f"ca-tome:r={threshold}" for threshold in (0.9, 0.7)),
+        *(f"importance:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
+        *(f"default:ratio={ratio},threshold=None" for ratio in (0.3, 0.5, 0.7)),
+        *("quality", "default", "fast", "plain:other_seed=1"),
+    )
+)
 PEERS = ("tomesd", "ca-tome")
 BASELINES = ("other_seed", "more_steps")
 """What plain may be compared with itself by: a seed so much further, or so many more steps."""

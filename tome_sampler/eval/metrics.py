@@ -14,7 +14,7 @@ from tome_sampler.demo.scenes import POSITIONS, SIZES, Scene, signed_distance
 
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
 _GROWN = 1.06  # the most that training scenes are drawn larger than their caption says
-_SLACK = 0.02  # of the picture's width: how far they are drawn off their place, and the blur of an edge
+_SLACK = 0.025  # of the picture's width: how far they are drawn off their place, and the blur of an edge
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,8 @@ def curves(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def matches(points: Sequence[Point], curve: str | None) -> tuple[str, list[tuple[Point, Match | None]]]:
-    """Another's every point beside a curve of ours at the same speed; by default beside our longest curve.
-
-    Raises:
-        ValueError: there is no such curve.
-    """
+    """Another's every point beside a curve of ours at the same speed; by default beside our longest curve."""
     ours = {name: those for name, those in curves(points).items() if those[0].method.name in OURS}
-    if curve is not None and curve not in ours:
-        raise ValueError(
-            f"matched is {curve!r}; it must be one of {', '.join(ours) or 'presets of ours, and none ran'}"
-        )
     if not ours:
         return "", []
     name = max(ours, key=lambda key: len(ours[key])) if curve is None else curve

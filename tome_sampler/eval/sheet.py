@@ -23,8 +23,12 @@ _MOST = 6  # methods beside plain
 
 
 def shown(methods: Sequence[Method]) -> list[Method]:
-    """The methods that a sheet has room for."""
-    return [method for method in methods if method.name != "plain"][:_MOST]
+    """The methods that a sheet has room for: of each name its middle setting, as they were given."""
+    by_name: dict[str, list[Method]] = {}
+    for method in methods:
+        if method.name != "plain":
+            by_name.setdefault(method.name, []).append(method)
+    return [those[len(those) // 2] for those in by_name.values()][:_MOST]
 
 
 def chosen(methods: Sequence[Method], rows: Sequence[Row]) -> tuple[Method, list[tuple[str, Row]]] | None:
