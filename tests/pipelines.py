@@ -69,6 +69,7 @@ def text_encoder(projected: bool = False) -> Any:
         projection_dim=TEXT,
         num_hidden_layers=2,
         num_attention_heads=2,
+        max_position_embeddings=128,
         bos_token_id=52,
         eos_token_id=53,
         pad_token_id=53,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -174,8 +175,7 @@ def test_positions_are_more_alike_the_nearer_they_are() -> None:
     distance = torch.cdist(place, place).round(decimals=3)
     for token in range(h * w):
         means = [similarity[token][distance[token] == d].mean() for d in distance[token].unique()]
-        near = means[:8]
-        assert all(a > b for a, b in zip(near, near[1:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(means[:8]))
 
 
 def test_animatediff_merges_space_and_not_time_with_a_map_for_each_frame() -> None:

@@ -26,8 +26,11 @@ one more q/k channel elsewhere, because on CUDA a mask loses the flash kernel.""
 
 _SOFTMAX: set[Callable[..., Any]] = {torch.softmax, Tensor.softmax, F.softmax}
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
-_PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
-_PLAIN_PROCESSORS += ("XFormersAttnProcessor", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0")
+_PLAIN_PROCESSORS = {
+    *("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor"),
+    *("XFormersAttnProcessor", "AttnProcessorNPU", "XLAFlashAttnProcessor2_0"),
+    "NoneType",  # a layer of another library
+}
 """diffusers' processors that attend from all tokens of a layer to all of them, and do nothing else."""
 _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp16
 
@@ -155,7 +158,7 @@ def has_own_attention(module: nn.Module) -> bool:
     special = ("group_norm", "spatial_norm", "norm_q", "norm_k", "residual_connection")
     return (
         isinstance(getattr(module, "heads", None), int)
-        and type(getattr(module, "processor", None)).__name__ in ("NoneType", *_PLAIN_PROCESSORS)
+        and type(getattr(module, "processor", None)).__name__ in _PLAIN_PROCESSORS
         and all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
         and not any(getattr(module, name, None) for name in special)
         and getattr(module, "rescale_output_factor", 1) == 1

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,45 @@ class Model(ABC):
     def pictures(self, latents: Tensor) -> Tensor:
         """Latents (b c h w) as pictures (b 3 height width) in [-1, 1], fp32, on the CPU."""
 
+    def latents(self, pictures: Tensor) -> Tensor:
+        """Pictures (b 3 height width) in [-1, 1] as latents (b c h w), fp32, on the model's device; of
+        :meth:`pictures` the inverse, as far as there is one.
 
-def open_model(source: str | None = None, *, device: str = "cpu") -> Model:
-    """The embedded model, which `None` and "embedded" name.
+        Raises:
+            ValueError: the model takes no pictures.
+        """
+        raise ValueError(f"{self.name} takes no pictures, so nothing can start from one")
+
+
+def open_model(
+    source: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    config: str | None = None,
+    allow_pickle: bool = False,
+) -> Model:
+    """The embedded model, which `None` and "embedded" name, or a checkpoint of Stable Diffusion 1.x, 2.x, SDXL or
+    PixArt: a safetensors file, a diffusers folder, or its name on the hub.
+
+    Args:
+        dtype: "fp32", "fp16" or "bf16", of a checkpoint's weights.
+        config, allow_pickle: see :func:`tome_sampler.models.checkpoints.load_pipeline`.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, it cannot be read, or it is of another kind.
     """
     if source in (None, "embedded"):
+        if dtype != "fp32":
+            raise ValueError(f"dtype is {dtype!r}; the embedded model runs in 'fp32'")
         from tome_sampler.models.embedded import EmbeddedModel
 
         return EmbeddedModel(device)
-    raise ValueError(f"model is {source!r}; it must be 'embedded'")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    from tome_sampler.models.checkpoints import load_pipeline
+    from tome_sampler.models.pipeline import PipelineModel
+
+    assert source is not None
+    pipe = load_pipeline(source, dtype=DTYPES[dtype], device=device, config=config, allow_pickle=allow_pickle)
+    return PipelineModel(pipe, source)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tome_sampler import demo
-from tome_sampler.demo.model import LATENT_CHANNELS, LATENT_SIZE, PATCH, to_picture
+from tome_sampler.demo.model import LATENT_CHANNELS, LATENT_SIZE, PATCH, to_latent, to_picture
 from tome_sampler.models import Model, Usual
 
 SIZE = LATENT_SIZE * PATCH
@@ -40,3 +40,6 @@ class EmbeddedModel(Model):
 
     def pictures(self, latents: Tensor) -> Tensor:
         return to_picture(latents.float().cpu())
+
+    def latents(self, pictures: Tensor) -> Tensor:
+        return to_latent(pictures.float()).to(next(self._model.parameters()).device)

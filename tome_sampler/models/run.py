@@ -60,6 +60,18 @@ def noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def steps_left(steps: int, strength: float) -> int:
+    """Of a run that starts from a picture, the steps that are run.
+
+    Raises:
+        ValueError: the strength is not in 0 .. 1, or leaves none.
+    """
+    left = round(steps * strength) if 0 <= strength <= 1 else 0
+    if left < 1:
+        raise ValueError(f"strength is {strength:g}; it must be a number from 0 to 1 that leaves one of {steps} steps")
+    return left
+
+
 def sample(
     model: Model,
     prompts: Sequence[str],
@@ -68,6 +80,8 @@ def sample(
     merging: MergeConfig | Applied | None = None,
     *,
     negative: str = "",
+    image: Tensor | None = None,
+    strength: float = 0.6,
     on_step: Callable[[int, MergeSession | None], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Sampled:
@@ -75,12 +89,21 @@ def sample(
 
     Args:
         merging: a configuration, or another way to merge (:data:`Applied`); None: plain.
+        image: start from these pictures (b 3 height width), in [-1, 1], or from one for all. strength: how much of the
+            run is left to change them, 0 .. 1.
         on_step: is told of each step, from 0, after the model has run in it.
         clock: seconds, of which differences count for `model_seconds`; ``time.process_time`` for CPU time.
+
+    Raises:
+        ValueError: the model has no pictures of this size or takes none, or a strength leaves no step.
     """
     wrapped = model.denoiser()
     sigmas = wrapped.get_sigmas(settings.steps)
+    if image is not None:
+        sigmas = sigmas[-1 - steps_left(settings.steps, strength) :]
     start = noise(seeds, model.latent_shape(settings.size)).to(sigmas.device) * sigmas[0]
+    if image is not None:
+        start = start + model.latents(image).to(start)
     levels = [float(sigma) for sigma in sigmas]
     extra_args = {
         "cond": model.condition(prompts, settings.size),

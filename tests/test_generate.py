@@ -1,0 +1,292 @@
+"""``tome-sampler generate`` from the command line: what it draws, what its pictures carry, what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pipelines
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tome_sampler import MergeConfig
+from tome_sampler.cli import main
+from tome_sampler.generate.request import Request, read_png, write_png
+from tome_sampler.models import Model, open_model
+from tome_sampler.models.pipeline import PipelineModel
+from tome_sampler.models.run import Settings, sample
+from tome_sampler.profiles import read_profile, write_profile
+
+PROMPT = "a large red ring in the middle on wavy navy"
+QUICK = ["--steps", "3", "--quiet"]
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path))
+
+
+def made(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of Stable Diffusion 1.5's layout, safetensors."""
+    path = tmp_path_factory.mktemp("sd15")
+    pipelines.sd().save_pretrained(path)
+    return path
+
+
+def test_the_embedded_model_plain_and_merged_and_again_from_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", PROMPT, "--compare", "--out", str(tmp_path), "--seed", "7", *QUICK]) == 0
+    assert made(tmp_path) == ["0000-seed7-compare.png", "0000-seed7-plain.png", "0000-seed7.png", "report.json"]
+    said = capsys.readouterr().out
+    assert "of the tokens merged" in said
+    assert "dB" in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["pictures"][0]["merged_fraction"] > 0.2
+    assert report["request"]["merging"] == MergeConfig().to_dict()
+    assert (pixels(tmp_path / "0000-seed7.png") != pixels(tmp_path / "0000-seed7-plain.png")).any()
+    assert Image.open(tmp_path / "0000-seed7-compare.png").width > 3 * 256
+    for name in ("0000-seed7", "0000-seed7-plain"):
+        assert (
+            main(["generate", "--from-png", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / name), "--quiet"])
+            == 0
+        )
+        assert made(tmp_path / name) == ["0000-seed7.png", "report.json"]
+        assert (pixels(tmp_path / name / "0000-seed7.png") == pixels(tmp_path / f"{name}.png")).all()
+    changed = ["--from-png", str(tmp_path / "0000-seed7.png"), "--preset", "fast:ratio=0.8", "--set", "refresh=always"]
+    assert main(["generate", *changed, "--out", str(tmp_path), "--quiet"]) == 0
+    request = read_png(tmp_path / "0001-seed7.png")  # numbers go on
+    assert request.config == MergeConfig.preset("fast", ratio=0.8).with_(refresh=request.config.refresh)  # type: ignore[union-attr]
+    assert request.config.refresh.kind == "always"  # type: ignore[union-attr]
+    assert (request.steps, request.size, request.seed) == (3, (128, 128), 7)
+
+
+def test_several_prompts_in_batches_are_the_pictures_that_they_are_alone(tmp_path: Path) -> None:
+    prompts = [PROMPT, "a small blue cross in the middle on striped teal"]
+    assert main(["generate", *prompts, "--count", "2", "--batch", "3", "--out", str(tmp_path), *QUICK]) == 0
+    assert [name for name in made(tmp_path) if name.endswith(".png")] == [f"000{i}-seed{i}.png" for i in range(4)]
+    again = tmp_path / "again"
+    assert main(["generate", "--from-png", str(tmp_path / "0003-seed3.png"), "--out", str(again), "--quiet"]) == 0
+    a, b = pixels(tmp_path / "0003-seed3.png").astype(int), pixels(again / "0000-seed3.png").astype(int)
+    assert abs(a - b).max() <= 1
+
+
+def test_from_a_picture(tmp_path: Path) -> None:
+    source = tmp_path / "source.png"
+    Image.fromarray(np.full((100, 300, 3), (20, 30, 90), dtype=np.uint8)).save(source)
+    options = ["--image", str(source), "--strength", "0.3", "--steps", "10", "--quiet"]
+    assert main(["generate", PROMPT, *options, "--out", str(tmp_path)]) == 0
+    found = pixels(tmp_path / "0000-seed0.png").astype(float)
+    assert abs(found.mean((0, 1)) - (20, 30, 90)).max() < 40  # still its colours
+    assert read_png(tmp_path / "0000-seed0.png").strength == 0.3
+    assert main(["generate", PROMPT, "--image", str(source), "--strength", "0.1", *QUICK]) == 2
+
+
+def test_a_profile_is_used(tmp_path: Path) -> None:
+    config = MergeConfig.preset("fast", threshold=0.8)
+    write_profile(tmp_path / "p.json", config, model="embedded", measured={})
+    assert read_profile(tmp_path / "p.json") == config
+    options = ["--profile", str(tmp_path / "p.json"), "--set", "floor=0.5", "--out", str(tmp_path), *QUICK]
+    assert main(["generate", PROMPT, *options]) == 0
+    assert read_png(tmp_path / "0000-seed0.png").config == config.with_(floor=0.5)
+    for text, message in (("{}", "is no profile"), ("[", "cannot be read")):
+        (tmp_path / "q.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_profile(tmp_path / "q.json")
+
+
+@pytest.mark.parametrize(
+    "way", [["--sampler", "euler"], ["--scheduler"], ["--scheduler", "EulerDiscreteScheduler"]], ids=" ".join
+)
+def test_a_folder_of_diffusers(folder: Path, tmp_path: Path, way: list[str]) -> None:
+    common = ["generate", "a b", "--model", str(folder), "--size", "128", "--set", "min_tokens=0", "--quiet"]
+    assert main([*common, "--steps", "3", "--compare", "--out", str(tmp_path), *way]) == 0
+    row = json.loads((tmp_path / "report.json").read_text())["pictures"][0]
+    assert row["merged_fraction"] >= 0.25
+    again = tmp_path / "again"
+    assert main(["generate", "--from-png", str(tmp_path / row["merged"]), "--out", str(again), "--quiet"]) == 0
+    assert (pixels(again / row["merged"]) == pixels(tmp_path / row["merged"])).all()
+    image = ["--image", str(tmp_path / row["merged"]), "--strength", "0.7", "--out", str(tmp_path / "image")]
+    assert main([*common, "--steps", "3", *image, *way]) == 0
+    assert pixels(tmp_path / "image" / "0000-seed0.png").shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl", "pixart"])
+def test_k_diffusion_samples_what_the_pipeline_samples(name: str) -> None:
+    """Euler's method, at the same noise levels and from the same noise, is the same in both."""
+    pipe: Any = {"sd21": lambda: pipelines.sd("sd21"), "sdxl": pipelines.sdxl, "pixart": pipelines.pixart}[name]()
+    model, size, scale = PipelineModel(pipe, name), (128, 128), 3.0
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    scheduler.set_timesteps(4)
+    noise = torch.randn(1, 4, 16, 16)
+    denoiser = model.denoiser()
+    cond, uncond = (model.condition([prompt], size) for prompt in ("a b", ""))
+    from tome_sampler import CFGDenoiser
+    from tome_sampler.sampling import sample_euler
+
+    sigmas, extra = scheduler.sigmas, {"cond": cond, "uncond": uncond, "cond_scale": scale}
+    with torch.no_grad():
+        ours = sample_euler(CFGDenoiser(denoiser), noise * sigmas[0], sigmas, extra_args=extra, disable=True)
+    own, pipe.scheduler = pipe.scheduler, scheduler
+    latents = noise * sigmas[0] / scheduler.init_noise_sigma
+    options: dict[str, Any] = {"use_resolution_binning": False} if name == "pixart" else {}
+    try:
+        theirs = pipe(
+            "a b", negative_prompt=None if name == "sdxl" else "", num_inference_steps=4, guidance_scale=scale,
+            latents=latents, height=128, width=128, output_type="latent", **options,
+        ).images  # fmt: skip
+    finally:
+        pipe.scheduler = own
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_a_model_of_a_pipeline_is_a_model(folder: Path) -> None:
+    model = open_model(str(folder))
+    assert isinstance(model, Model)
+    assert model.usual.size == (128, 128)
+    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert model.latents(picture).shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        model.latent_shape((100, 128))
+    settings = Settings((64, 64), 2, "euler", 2.0)
+    alone = [sample(model, ["a"], [seed], settings).pictures for seed in (0, 1)]
+    both = sample(model, ["a", "a"], [0, 1], settings).pictures
+    torch.testing.assert_close(torch.cat(alone), both, rtol=1e-3, atol=1e-3)
+
+
+def test_a_single_file_is_read_with_a_configuration_that_is_at_hand(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which class reads it, and how; diffusers' own reading of such files is not tested here."""
+    asked: dict[str, Any] = {}
+
+    def read(cls: Any, path: str, **options: Any) -> Any:
+        asked.update(kind=cls.__name__, path=path, **options)
+        return pipelines.sd()
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", classmethod(read))
+    path = tmp_path / "model.safetensors"
+    save_file({"cond_stage_model.x": torch.zeros(1), "model.diffusion_model.input_blocks.0": torch.zeros(1)}, path)
+    assert open_model(str(path), config=str(folder), dtype="bf16").name == str(path)
+    assert asked == {
+        "kind": "StableDiffusionPipeline",
+        "path": str(path),
+        "config": str(folder),
+        "local_files_only": True,
+        "torch_dtype": torch.bfloat16,
+    }
+    torch.save({"state_dict": {"cond_stage_model.x": torch.zeros(1)}}, tmp_path / "model.ckpt")
+    assert open_model(str(tmp_path / "model.ckpt"), config=str(folder), allow_pickle=True)
+
+
+def wrong_files(path: Path) -> dict[str, str]:
+    """Files that are no checkpoint, and what is said of each."""
+    held = {
+        "lora": ("lora_unet_x", "a LoRA"),
+        "sd3": ("model.diffusion_model.joint_blocks.0", "a Stable Diffusion 3 checkpoint"),
+        "flux": ("double_blocks.0", "a Flux transformer"),
+        "net": ("control_model.x", "a ControlNet"),
+        "unet": ("down_blocks.0", "a U-Net alone"),
+        "other": ("weight", "nothing that is known"),
+    }
+    for name, (key, _) in held.items():
+        save_file({key: torch.zeros(1)}, path / f"{name}.safetensors")
+    (path / "cut.safetensors").write_bytes(b"\xff" * 20)
+    torch.save({}, path / "old.ckpt")
+    (path / "empty").mkdir()
+    return {
+        **{f"{name}.safetensors": what for name, (_, what) in held.items()},
+        "cut.safetensors": "no safetensors file",
+        "old.ckpt": "is pickled.*code.*--allow-pickle",
+        "empty": "no model_index.json",
+        "missing.safetensors": "there is no",
+        "sub/missing/deep": "there is no",
+    }
+
+
+def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in wrong_files(tmp_path).items():
+        assert main(["generate", "a", "--model", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        with pytest.raises(ValueError, match=message):
+            open_model(str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_pickled_weights_needs_the_flag(folder: Path, tmp_path: Path) -> None:
+    pipelines.sd().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    for part in (tmp_path / "pickled").rglob("*.safetensors"):  # transformers writes nothing else any more
+        torch.save({}, part.with_suffix(".bin"))
+        part.unlink()
+    with pytest.raises(ValueError, match=r"is pickled.*--allow-pickle"):
+        open_model(str(tmp_path / "pickled"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no prompt"),
+        (["a red unicorn in the middle"], "unicorn"),
+        ([PROMPT, "--size", "100"], "multiples of 32"),
+        ([PROMPT, "--size", "large"], "height x width"),
+        ([PROMPT, "--steps", "1"], "at least 2"),
+        ([PROMPT, "--sampler", "magic"], "k-diffusion has"),
+        ([PROMPT, "--scheduler"], "sampled by k-diffusion alone"),
+        ([PROMPT, "--preset", "best"], "must be one of"),
+        ([PROMPT, "--set", "ratio"], "FIELD=VALUE"),
+        ([PROMPT, "--set", "ratio=2"], "ratio is 2"),
+        ([PROMPT, "--plain", "--compare"], "--plain merges nothing"),
+        ([PROMPT, "--preset", "fast", "--profile", "x.json"], "both given"),
+        ([PROMPT, "--profile", "missing.json"], "no profile missing.json"),
+        ([PROMPT, "--image", "missing.png"], "there is no missing.png"),
+        (["--from-png", "missing.png"], "there is no missing.png"),
+        ([PROMPT, "--count", "0"], "at least 1"),
+        ([PROMPT, "--batch", "0"], "at least 1"),
+        ([PROMPT, "--dtype", "fp16"], "runs in 'fp32'"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("tome_sampler.generate.run.sample", fail)
+    assert main(["generate", PROMPT, "--out", str(tmp_path), *QUICK]) == 2
+    assert "too little memory" in capsys.readouterr().err
+    monkeypatch.setattr("tome_sampler.bench.memory.free_memory", lambda device: 10)
+    path = tmp_path / "model.safetensors"
+    save_file({"cond_stage_model.x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="are needed and"):
+        open_model(str(path))
+
+
+def test_a_request_survives_a_picture(tmp_path: Path) -> None:
+    request = Request(("a", "ü"), size=(64, 96), scheduler="", merging=MergeConfig.preset("fast").to_dict())
+    write_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", request)
+    assert read_png(tmp_path / "a.png") == request
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_png(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="unknown here"):
+        Request.from_data({"prompts": ["a"], "colour": 1})

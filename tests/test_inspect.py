@@ -1,0 +1,134 @@
+"""``tome-sampler inspect``: what it sees is what is there, and its proposal does what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tome_sampler import Layer, MergeConfig, ModelCall
+from tome_sampler.cli import main
+from tome_sampler.inspect.probe import BINS, Look, Probe, Watched, probing
+from tome_sampler.inspect.tune import merged_share, propose, reuse
+from tome_sampler.models.embedded import EmbeddedModel
+from tome_sampler.models.run import Settings, sample
+from tome_sampler.profiles import read_profile
+from tome_sampler.refresh import Always, SigmaRatio
+
+PROMPT = "a large red ring in the middle on wavy navy"
+CONFIG = MergeConfig(min_tokens=0, threshold=0.9, floor=0.0, importance=0.0)
+LAYER = Layer("attn1", 0)
+
+
+def look_at(*metrics: Tensor, config: MergeConfig = CONFIG) -> Probe:
+    """A probe that has seen a layer's tokens on an 8 x 8 grid, at falling noise."""
+    probe = Probe(config)
+    for step, metric in enumerate(metrics):
+        with probe.call(ModelCall(10.0 / 2**step, (8, 8), ("cond",), (0,))):
+            assert probe.merge(LAYER, metric) is None  # the run stays plain
+    return probe
+
+
+def cells(seed: int) -> Tensor:
+    """(1 64 16) tokens, alike within each 2 x 2 cell."""
+    tokens = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(seed))
+    return tokens.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(1, 64, 16)
+
+
+def test_histograms_and_shares_are_those_of_the_tokens() -> None:
+    alike, apart = cells(0), torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(1))
+    first, second = (probe.calls[0].layers["attn1"] for probe in (look_at(alike), look_at(apart)))
+    assert first.tokens == 64
+    assert sum(first.histogram) == pytest.approx(1)
+    assert first.histogram[-1] == pytest.approx(1)  # every source has its double
+    assert first.merged == 0.5  # the ratio
+    assert sum(second.histogram[: BINS * 3 // 4]) == pytest.approx(1)  # none above 0.5
+    assert second.merged == 0
+
+
+def test_jaccard_distance_is_between_the_pairs_of_adjacent_calls() -> None:
+    ratio = CONFIG.with_(threshold=None)
+    same = look_at(cells(0), cells(0), config=ratio).calls
+    assert [call.layers["attn1"].jaccard for call in same] == [None, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    apart = look_at(*(torch.randn(1, 64, 16, generator=generator) for _ in range(2)), config=ratio).calls
+    distance = apart[1].layers["attn1"].jaccard
+    assert distance is not None
+    assert 0.5 < distance <= 1
+
+
+def test_what_pairs_keep_is_followed() -> None:
+    calls = look_at(cells(0), cells(0), torch.randn(1, 64, 16), config=CONFIG.with_(threshold=None)).calls
+    kept = [call.layers["attn1"].kept for call in calls]
+    assert kept[0] == pytest.approx([1.0])
+    assert kept[1] == pytest.approx([1.0, 1.0])
+    assert kept[2][0] < 0.3 < kept[2][2]  # old pairs have come apart, new ones are the best that there are
+
+
+def watched(sigma: float, similarity: float, kept: list[float]) -> Watched:
+    histogram = [0.0] * BINS
+    histogram[round((similarity + 1) * BINS / 2)] = 1.0
+    return Watched(sigma, {"a": Look(64, histogram, 0.5, None, kept)})
+
+
+def test_a_proposal_merges_the_share_and_keeps_pairs_as_long_as_they_last() -> None:
+    # sources alike to 0.9 in the first call and to 0.5 in the second; pairs lose 0.1 each time sigma halves
+    calls = [watched(8, 0.9, [0.9]), watched(4, 0.5, [0.8, 0.9]), watched(2, 0.5, [0.7, 0.8, 0.9])]
+    config = MergeConfig(ratio=0.5, floor=0.0)
+    assert merged_share(calls, config, 0.95) == 0
+    assert merged_share(calls, config, 0.8) == pytest.approx(0.5 / 3)
+    assert merged_share(calls, config, 0.4) == pytest.approx(0.5)
+    assert merged_share(calls, config.with_(floor=0.2), 0.95) == pytest.approx(0.2)
+    assert reuse(calls, SigmaRatio(1.5)) == (pytest.approx(0), 1.0)
+    assert reuse(calls, SigmaRatio(4.0)) == (pytest.approx(0.1 / 3), pytest.approx(2 / 3))
+    found = propose(calls, config, 0.16, 0.04)
+    assert found.config.threshold == 0.9
+    assert found.config.refresh == SigmaRatio(4.0)
+    assert propose(calls, config, 0.4, 0.5).config.threshold == 0.5
+    assert propose(calls, config, 0.4, -1.0).config.refresh == Always()
+    with pytest.raises(ValueError, match="the share to merge is"):
+        propose(calls, config, 0.6, 0.1)
+    with pytest.raises(ValueError, match="nothing to tune"):
+        propose([Watched(1.0)], config, 0.4, 0.1)
+
+
+def test_a_probed_run_is_the_plain_run_and_leaves_nothing() -> None:
+    model, settings = EmbeddedModel(), Settings((64, 64), 3)
+    config = MergeConfig(min_tokens=0)
+    plain = sample(model, [PROMPT], [0], settings).pictures
+    probed = sample(model, [PROMPT], [0], settings, lambda levels: probing(model.module, config, levels))
+    assert torch.equal(probed.pictures, plain)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.module.modules())
+
+
+def test_the_embedded_model_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", "4", "--size", "64", "--set", "min_tokens=0", "--tune", "--quiet", "--seed", "3"]
+    assert main(["inspect", PROMPT, *options, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "3 merged layers, 4 model calls" in said
+    assert "proposed: threshold=" in said
+    data = json.loads((tmp_path / "inspect.json").read_text())
+    assert len(data["calls"]) == 4
+    assert all(len(call["layers"]) == 3 for call in data["calls"])
+    assert data["merged"]["merged_fraction"] > 0.2
+    assert data["merged"]["psnr"] > 15
+    names = {f"{name}.png" for name in ("similarity", "jaccard", "tokens", "maps", "tune")}
+    assert names == {path.name for path in tmp_path.glob("*.png")}
+    for name in names:
+        assert min(Image.open(tmp_path / name).size) > 100
+    profile = read_profile(tmp_path / "profile.json")
+    assert profile == MergeConfig.from_dict(data["tuned"]["config"])
+    assert profile.min_tokens == 0
+    draw = ["generate", PROMPT, "--profile", str(tmp_path / "profile.json"), "--steps", "3", "--size", "64", "--quiet"]
+    assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
+
+
+def test_what_merges_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", "2", "--size", "64", "--set", "min_tokens=5000", "--quiet"]
+    assert main(["inspect", PROMPT, *options, "--out", str(tmp_path / "out")]) == 2
+    assert "nothing of embedded is merged with these settings" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,126 @@
+"""A session that looks at a run and merges nothing: what could be merged in each call, and what pairs keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.modules import attach
+from tome_sampler.matching import global_match, grid_dst
+from tome_sampler.pairing import Pairing
+from tome_sampler.refresh import Always
+from tome_sampler.session import Layer, MergeSession, ModelCall
+
+BINS = 200
+"""Of the histograms, from -1 to 1."""
+_SAMPLE = 256  # pairs of each layer and call whose similarity is followed
+
+
+@dataclass
+class Look:
+    """One layer in one model call.
+
+    tokens: n. histogram: (BINS,) shares of the sources, over their best cosine similarity to a destination, the first
+    token of each cell (Saghatchian et al. 2025, figure 2). merged: share of the tokens that the configuration would
+    merge. jaccard: distance between the pairs of this call and those of the one before, 0 .. 1, None in the first
+    (figure 4). kept: for each call so far, this one last, the mean similarity that its pairs have now.
+    """
+
+    tokens: int
+    histogram: list[float]
+    merged: float
+    jaccard: float | None
+    kept: list[float]
+
+
+@dataclass
+class Watched:
+    """One model call. layers: by name, of the merged levels."""
+
+    sigma: float
+    layers: dict[str, Look] = field(default_factory=dict)
+
+
+class Probe(MergeSession):
+    """Pairs are made anew in each call and not used: the run stays plain. ``calls`` holds what was seen."""
+
+    def __init__(self, config: MergeConfig, sigmas: list[float] | None = None) -> None:
+        self.calls: list[Watched] = []
+        self._targets: dict[str, Tensor] = {}  # of the call before
+        self._samples: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        config = config.with_(refresh=Always(), share_layers=False, start=0.0, end=1.0, prune_until=0.0)
+        super().__init__(config, sigmas)
+
+    def begin(self, call: ModelCall) -> None:
+        if call.sigma is not None:
+            self.calls.append(Watched(call.sigma))
+        super().begin(call)
+
+    def merge(
+        self, layer: Layer, x: Tensor, metric: Tensor | None = None, grid: tuple[int, int] | None = None
+    ) -> Pairing | None:
+        pairing = super().merge(layer, x, metric, grid)
+        if self.calls and self.stats.calls and layer.name in self.stats.calls[-1].layers:  # of a merged level
+            b, n, _ = x.shape
+            target = torch.arange(n, device=x.device).repeat(b, 1) if pairing is None else pairing.target
+            self.calls[-1].layers[layer.name] = self._look(layer, x if metric is None else metric, target)
+        return None
+
+    @torch.no_grad()
+    def _look(self, layer: Layer, metric: Tensor, target: Tensor) -> Look:
+        n = metric.shape[1]
+        grid = self.grid(n)
+        assert grid is not None  # or the layer would have been passed through
+        score, _ = global_match(metric, grid_dst(grid, self.config.stride, metric.device, None))
+        best = score[score > -2].float()
+        histogram = torch.histc(best.clamp(-1, 1), BINS, -1, 1) / best.numel()
+        own = torch.arange(n, device=target.device)
+        jaccard = None
+        before = self._targets.get(layer.name)
+        if before is not None and before.shape == target.shape:
+            common = ((target == before) & (target != own)).sum()
+            either = (target != own).sum() + (before != own).sum() - common
+            jaccard = 1 - float(common / either.clamp(min=1))
+        self._targets[layer.name] = target
+        samples = self._samples.setdefault(layer.name, [])
+        order = (target != own).float().argsort(dim=1, descending=True, stable=True)
+        least = int((target != own).sum(1).min())
+        place = torch.linspace(0, max(least - 1, 0), min(_SAMPLE, max(least, 1)), device=target.device).long()
+        token = order[:, place]
+        samples.append((token, target.gather(1, token)))
+        return Look(
+            tokens=n,
+            histogram=histogram.tolist(),
+            merged=float((target != own).float().mean()),
+            jaccard=jaccard,
+            kept=[_similarity(metric, *sample) for sample in samples],
+        )
+
+
+def _similarity(metric: Tensor, token: Tensor, other: Tensor) -> float:
+    """Mean cosine of pairs of tokens, (rows s) each."""
+    c = metric.shape[2]
+    a, b = (metric.gather(1, i[..., None].expand(-1, -1, c)).float() for i in (token, other))
+    return float(functional.cosine_similarity(a, b, dim=-1, eps=1e-6).mean())
+
+
+@contextmanager
+def probing(root: nn.Module, config: MergeConfig, sigmas: list[float]) -> Iterator[Probe]:
+    """Within it, a model runs as it is, and the probe looks. A :class:`tome_sampler.CFGDenoiser` tells it of calls."""
+
+    def failed(error: Exception) -> Any:
+        raise error
+
+    probe = Probe(config, sigmas)
+    remove = attach(root, probe, lambda module, args, kwargs: None, failed)
+    try:
+        yield probe
+    finally:
+        remove()

@@ -1,0 +1,140 @@
+"""Reading checkpoints: a diffusers folder, a single file, a name on the hub. Says in a line what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tome_sampler.bench.memory import require_memory
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_PICKLED = (
+    "is pickled: reading such a file can run code that somebody put into it. Get the model as safetensors, or, if you "
+    "trust its maker, give --allow-pickle"
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PIPELINES = {  # what a key of a single file begins with, and the pipeline that such a file is
+    "conditioner.embedders.": "StableDiffusionXLPipeline",
+    "cond_stage_model.": "StableDiffusionPipeline",
+}
+_OTHERS = {
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint, whose attention cannot be merged",
+    "model.diffusion_model.double_blocks.": "a Flux checkpoint, whose attention cannot be merged",
+    "double_blocks.": "a Flux transformer, whose attention cannot be merged",
+    "lora_": "a LoRA, and no checkpoint",
+    "control_model.": "a ControlNet, and no checkpoint",
+    "first_stage_model.": "a VAE, or a checkpoint without a text encoder",
+    "model.diffusion_model.": "a U-Net alone, without text encoder",
+    "down_blocks.": "a U-Net alone; --model must name the diffusers folder that it lies in",
+}
+
+
+def load_pipeline(
+    source: str, *, dtype: torch.dtype, device: str, config: str | None = None, allow_pickle: bool = False
+) -> Any:
+    """The diffusers pipeline that a path or a name on the hub stands for, on its device.
+
+    Args:
+        config: of a single file: a diffusers folder, or name on the hub, with the configuration and the tokenizer of
+            its kind, which such files lack. By default diffusers asks the hub for one.
+        allow_pickle: read pickled weights too.
+
+    Raises:
+        ValueError: there is nothing, it is of another kind, it is pickled, or memory does not suffice.
+        ImportError: there is no diffusers or no transformers.
+    """
+    try:
+        import diffusers
+        import transformers  # noqa: F401  (text encoders)
+    except ImportError as error:
+        raise ImportError(f"checkpoints need {error.name}: pip install 'tome-sampler[generate]'") from None
+    path = Path(source).expanduser()
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    try:
+        if path.is_file():
+            kind = _kind_of_file(path, allow_pickle)
+            require_memory(path.stat().st_size, torch.device("cpu"), f"reading {path.name}")
+            if config is not None:
+                options |= {"config": config, "local_files_only": Path(config).is_dir()}
+            pipe = getattr(diffusers, kind).from_single_file(str(path), **options)
+        elif path.is_dir():
+            _check_folder(path, allow_pickle)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                path, local_files_only=True, use_safetensors=None if allow_pickle else True, **options
+            )
+        elif _HUB_NAME.fullmatch(source) and path.suffix not in (".safetensors", *PICKLED):
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                source, use_safetensors=None if allow_pickle else True, **options
+            )
+        else:
+            raise ValueError(f"there is no {source}; a model is a safetensors file, a diffusers folder or a hub name")
+    except ValueError as error:
+        raise ValueError(_first_line(error)) from error
+    except Exception as error:  # diffusers and the hub raise all sorts of them, with pages of advice
+        raise ValueError(f"{source} cannot be read: {_first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    _check_device(pipe, device)
+    return pipe.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _check_device(pipe: Any, device: str) -> None:
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    if not device.startswith("cpu"):
+        require_memory(need, torch.device(device), "the weights")
+
+
+def _kind_of_file(path: Path, allow_pickle: bool) -> str:
+    """The name of the pipeline class that a single file holds."""
+    if path.suffix in PICKLED:
+        if not allow_pickle:
+            raise ValueError(f"{path.name} {_PICKLED}")
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        names = list(held.get("state_dict", held))
+    else:
+        names = _names_in(path)
+    for start, kind in _PIPELINES.items():
+        if any(name.startswith(start) for name in names):
+            wrong = next((what for key, what in _OTHERS.items() if "blocks" in key and _any(names, key)), None)
+            if wrong is None:
+                return kind
+    what = next((what for start, what in _OTHERS.items() if _any(names, start)), "nothing that is known")
+    raise ValueError(f"{path.name} holds {what}; single files may be Stable Diffusion 1.x, 2.x or SDXL checkpoints")
+
+
+def _any(names: list[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
+
+
+def _names_in(path: Path) -> list[str]:
+    """The tensors' names in a safetensors file, from its header."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError
+            return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
+    except (ValueError, struct.error):
+        raise ValueError(f"{path.name} is no safetensors file, or is cut short") from None
+
+
+def _check_folder(path: Path, allow_pickle: bool) -> None:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{path} has no model_index.json: it is not the folder of a diffusers pipeline")
+    files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *PICKLED)]
+    safe = {file.parent for file in files if file.suffix == ".safetensors"}
+    pickled = [file for file in files if file.suffix in PICKLED and file.parent not in safe]
+    if pickled and not allow_pickle:
+        raise ValueError(f"{pickled[0].relative_to(path)} {_PICKLED}")
+    size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors" or file in pickled)
+    require_memory(size, torch.device("cpu"), f"reading {path.name}")

@@ -1,0 +1,137 @@
+"""Checkpoints of diffusers' text-to-image pipelines, as :class:`tome_sampler.models.Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tome_sampler import kdiffusion
+from tome_sampler.hosts.families import require_known
+from tome_sampler.hosts.pipelines import prediction
+from tome_sampler.models import Model, Usual
+
+_NEVER_CLEAN = 1e-8
+_COND_SCALE = {"StableDiffusionXLPipeline": 5.0, "PixArtAlphaPipeline": 4.5, "PixArtSigmaPipeline": 4.5}
+
+
+class PipelineModel(Model):
+    """A pipeline of Stable Diffusion 1.x, 2.x, SDXL or PixArt.
+
+    Attributes:
+        pipe: the pipeline. A k-diffusion sampler uses its text encoders, VAE and noise levels, and not its loop.
+
+    Raises:
+        ValueError: it is a pipeline of another kind.
+    """
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        kind = type(pipe).__name__
+        if not hasattr(pipe, "vae") or not hasattr(pipe, "encode_prompt"):
+            raise ValueError(f"{name} is a {kind}, which draws no pictures of prompts")
+        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        if not isinstance(denoiser, nn.Module):
+            raise ValueError(f"{name} is a {kind}, which has neither a 'unet' nor a 'transformer'")
+        require_known(pipe, denoiser)
+        config: Any = denoiser.config
+        if type(denoiser).__name__ == "UNetMotionModel":
+            raise ValueError(
+                f"{name} is a {kind}: videos are sampled by the pipeline itself, within tome_sampler.merging"
+            )
+        if config.in_channels != pipe.vae.config.latent_channels:
+            raise ValueError(f"{name} is for inpainting or editing: it takes more channels than a latent has")
+        self.name, self.pipe, self.module = name, pipe, denoiser
+        self._is_pixart = type(denoiser).__name__ == "PixArtTransformer2DModel"
+        self._scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        side = int(config.sample_size) * self._scale
+        self.usual = Usual((side, side), cond_scale=_COND_SCALE.get(kind, 7.5))
+
+    def denoiser(self) -> Any:
+        config = self.pipe.scheduler.config
+        kinds = {"epsilon": "DiscreteEpsDDPMDenoiser", "v_prediction": "DiscreteVDDPMDenoiser"}
+        kind, alphas = config.get("prediction_type", "epsilon"), getattr(self.pipe.scheduler, "alphas_cumprod", None)
+        if kind not in kinds or alphas is None:
+            raise ValueError(
+                f"{self.name} predicts {kind!r} on the schedule of {type(self.pipe.scheduler).__name__}, for which "
+                "k-diffusion's samplers are not made; use --scheduler"
+            )
+        wrapper = getattr(kdiffusion.load("external"), kinds[kind])
+        alphas = alphas.float().clamp(_NEVER_CLEAN, 1 - _NEVER_CLEAN)
+        wrapped = wrapper(_Call(self.module, self._is_pixart), alphas, quantize=False)
+        return wrapped.to(self._device())
+
+    def condition(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
+        pipe, texts = self.pipe, list(prompts)
+        given: dict[str, Any] = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+        with torch.no_grad():
+            if self._is_pixart:
+                embeds, mask, *_ = pipe.encode_prompt(texts, device=self._device(), **given)
+                return {
+                    "encoder_hidden_states": embeds,
+                    "encoder_attention_mask": mask,
+                    **self._sizes(size, len(texts)),
+                }
+            encoded = pipe.encode_prompt(texts, device=self._device(), **given)
+            if not hasattr(pipe, "text_encoder_2"):
+                return {"encoder_hidden_states": encoded[0]}
+            embeds, _, pooled, _ = encoded
+            if pipe.config.get("force_zeros_for_empty_prompt"):
+                said = torch.tensor([bool(text) for text in texts], device=embeds.device)
+                embeds, pooled = embeds * said[:, None, None], pooled * said[:, None]
+        numbers = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=embeds.device)
+        added = {"text_embeds": pooled, "time_ids": numbers.expand(len(texts), -1)}
+        return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        config: Any = self.module.config
+        step = self._scale * (config.patch_size if self._is_pixart else 1)
+        if any(side < 8 * step or side % step for side in size):
+            raise ValueError(
+                f"size is {size[0]}x{size[1]}; both sides must be multiples of {step}, at least {8 * step}"
+            )
+        return int(config.in_channels), size[0] // self._scale, size[1] // self._scale
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        with torch.no_grad():  # one at a time: decoding takes more memory than sampling
+            parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(1)]
+        return torch.cat(parts).float().cpu().clamp(-1, 1)
+
+    def latents(self, pictures: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        with torch.no_grad():
+            found: Tensor = vae.encode(pictures.to(self._device(), vae.dtype)).latent_dist.mode()
+        return found.sub(shift).mul(scale).float()
+
+    def _sizes(self, size: tuple[int, int], rows: int) -> dict[str, Any]:
+        """PixArt-alpha at 1024 pixels is told of the picture's size."""
+        config: Any = self.module.config
+        if config.sample_size != 128 or config.use_additional_conditions is False:
+            return {}
+        numbers = torch.tensor([[float(size[0]), float(size[1])]], device=self._device()).expand(rows, -1)
+        ratio = torch.full((rows, 1), size[0] / size[1], device=self._device())
+        return {"added_cond_kwargs": {"resolution": numbers, "aspect_ratio": ratio}}
+
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+class _Call(nn.Module):
+    """A denoiser as k-diffusion's wrappers call it: ``model(x, t, cond=keywords)``, in fp32 outside."""
+
+    def __init__(self, denoiser: nn.Module, is_pixart: bool) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if is_pixart else {}
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        named = {**self._more, **cond}
+        dtype = next(self.denoiser.parameters()).dtype
+        out = prediction(self.denoiser(x.to(dtype), timestep=t, return_dict=False, **named))
+        if out is None:
+            raise ValueError(f"{type(self.denoiser).__name__} returned no picture")
+        return out[:, : x.shape[1]].float()  # without a learned variance
