@@ -113,7 +113,13 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def _missing(plan: Plan, group: Sequence[Case], rows: dict[Any, Row]) -> list[Method]:
-    return [method for method in plan.methods if not plan.keys(method, group) <= rows.keys()]
+    """The methods that lack a row of a group, or a picture that is to be kept."""
+
+    def there(method: Method) -> bool:
+        kept = plan.pictures is None or all(path_of(plan.pictures, method, case).exists() for case in group)
+        return kept and plan.keys(method, group) <= rows.keys()
+
+    return [method for method in plan.methods if not there(method)]
 
 
 def _drawn(plan: Plan, groups: Sequence[list[Case]], rows: dict[Any, Row], file: Path, progress: bool) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,25 @@ if TYPE_CHECKING:
     from tome_sampler.eval.measure import Extra, Plan
 
 
+_BROKEN = (RuntimeError, OSError, EOFError, KeyError, TypeError, AttributeError, UnpicklingError)
+"""What loading a file of something else raises."""
+
+
+def _line(error: Exception) -> str:
+    """The first line of what it says that says anything."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _there(path: Path, option: str, what: str) -> None:
+    """Raises ValueError where there is no such path, or where a file holds more than tensors: the libraries below load
+    whatever is in it."""
     if not path.exists():
         raise ValueError(f"{option} is {path}, which does not exist; it must be {what}")
+    if path.is_file():
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except _BROKEN as error:
+            raise ValueError(f"{option} is {path}, which does not hold weights: {_line(error)}") from None
 
 
 def lpips(weights: Path) -> Extra:
@@ -42,8 +59,8 @@ def lpips(weights: Path) -> Extra:
         torch.hub.set_dir(folder)
         try:
             metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
-        except (RuntimeError, OSError, EOFError) as error:
-            raise ValueError(f"--lpips is {weights}, which does not hold AlexNet's weights: {error}") from None
+        except _BROKEN as error:
+            raise ValueError(f"--lpips is {weights}, which does not hold AlexNet's weights: {_line(error)}") from None
         finally:
             torch.hub.set_dir(home)
 
@@ -71,8 +88,8 @@ def clip_score(folder: Path) -> Extra:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"--clip is {folder}, which holds no CLIP model with its processor: {error}") from None
+    except (ValueError, *_BROKEN) as error:
+        raise ValueError(f"--clip is {folder}, which holds no CLIP model with its processor: {_line(error)}") from None
 
     @torch.no_grad()
     def measure(picture: Tensor, plain: Tensor, prompt: str) -> dict[str, float]:
@@ -103,8 +120,8 @@ def inception_distances(weights: Path) -> Callable[[Plan, Path | None], str]:
         )
     except ImportError as error:
         raise ImportError(f"--inception needs torch-fidelity ({error}); pip install --no-deps torch-fidelity") from None
-    except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"--inception is {weights}, which does not hold Inception's weights: {error}") from None
+    except _BROKEN as error:
+        raise ValueError(f"--inception is {weights}, which does not hold Inception's weights: {_line(error)}") from None
     network.num_features = 2048
 
     def measure(plan: Plan, reference: Path | None) -> str:
