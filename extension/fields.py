@@ -23,8 +23,8 @@ OFF, CUSTOM = "Off", "Custom"
 
 @dataclass(frozen=True)
 class Field:
-    """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices", "refresh"
-    or "threshold". low, high, step: the control's; a whole or plain number may not be outside them. main: shown at
+    """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices", "refresh",
+    "threshold" or "tokens". low, high, step: the control's; a whole or plain number may not be outside them. main: shown at
     once and not in the Advanced fold."""
 
     name: str
@@ -49,6 +49,8 @@ class Field:
             return 0.0 if value is None else max(value, 0.0)
         if self.kind == "refresh":
             return refresh_text(value)
+        if self.kind == "tokens":
+            return str(value)
         return list(value) if self.kind == "choices" else value
 
     def read(self, value: Any) -> Any:
@@ -77,9 +79,11 @@ class Field:
             return read_refresh(value)
         if self.kind == "threshold" and (value is None or value == 0) and not isinstance(value, bool):
             return None
+        if self.kind == "tokens" and value == "auto":
+            return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{self.name} is {value!r}; it must be a number{self._range()}")
-        if self.kind == "whole":
+        if self.kind in ("whole", "tokens"):
             if value != value or abs(value) == float("inf") or value != int(value):
                 raise ValueError(f"{self.name} is {value!r}; it must be a whole number{self._range()}")
             value = int(value)
@@ -99,7 +103,8 @@ class Field:
 
     def _range(self) -> str:
         low = -1.0 if self.kind == "threshold" else self.low
-        return f" from {low:g} to {self.high:g}" + (", or null for off" if self.kind == "threshold" else "")
+        others = {"threshold": ", or null for off", "tokens": ", or 'auto'"}
+        return f" from {low:g} to {self.high:g}" + others.get(self.kind, "")
 
     def _from_text(self, text: str) -> Any:
         text = text.strip()
@@ -107,6 +112,8 @@ class Field:
             return None
         if self.kind == "flag":
             return {"true": True, "false": False}.get(text.lower(), text)
+        if self.kind == "tokens" and text.lower() == "auto":
+            return "auto"
         try:
             return float(text)
         except ValueError:
@@ -149,8 +156,9 @@ FIELDS: tuple[Field, ...] = (
           choices=MODULES),
     Field("prune_until", "Prune until", "number", "up to this fraction tokens are dropped and not averaged"),
     Field("proportional", "Proportional attention", "flag", "a merged key counts for as many tokens as it stands for"),
-    Field("min_tokens", "Smallest layer", "whole", "layers with fewer tokens are left alone", low=0, high=65536,
-          step=64),
+    Field("min_tokens", "Smallest layer", "tokens",
+          "layers with fewer tokens are left alone; auto: those where it would not pay; 0: none", low=0, high=65536,
+          choices=("auto", "0", "1024", "4096")),
     Field("seed", "Merge seed", "whole", "of random destinations; the picture's seed is never touched", low=0,
           high=2**31 - 1, step=1),
 )  # fmt: skip

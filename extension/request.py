@@ -159,6 +159,9 @@ def schema() -> dict[str, Any]:
             entry |= {"minimum": field.low, "maximum": field.high}
         elif field.kind == "threshold":
             entry = {"type": ["number", "null"], "minimum": -1, "maximum": 1}
+        elif field.kind == "tokens":
+            integers = {"type": "integer", "minimum": field.low, "maximum": field.high}
+            entry = {"anyOf": [integers, {"const": "auto"}]}
         elif field.kind == "flag":
             entry = {"type": "boolean"}
         elif field.kind == "choice":

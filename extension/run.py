@@ -77,7 +77,7 @@ class Run:
 
         Args:
             obstacle: why merging should stand aside in this pass, or None.
-            least: layers with fewer tokens are left alone, whatever the request says.
+            least: unless 0, layers with fewer tokens are left alone, instead of those that "auto" leaves alone.
             keep_maps: record where merging happened.
         """
         self.end_pass()
@@ -90,7 +90,9 @@ class Run:
         if obstacle is not None:
             self._aside(p, obstacle)
             return
-        config = config.with_(min_tokens=max(config.min_tokens, least))
+        if least:
+            own = config.min_tokens
+            config = config.with_(min_tokens=least if own == "auto" else max(own, least))
         try:
             self._take_up(p, config, latent, is_hires)
             self._keep_maps = keep_maps

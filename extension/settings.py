@@ -24,7 +24,10 @@ def add_options() -> None:
         ).info("and that API callers get who name none; the accordion follows after Reload UI"),
         "tome_sampler_min_tokens": info(
             0, "Leave layers with fewer tokens alone", gr.Slider, {"minimum": 0, "maximum": 16384, "step": 256}
-        ).info("on top of each preset's own limit; 4096 tokens are the finest layer of SD 1.5 at 512x512"),
+        ).info(
+            "0: as the accordion says, which by default leaves those alone where merging would not pay on this kind of "
+            "device. 4096 tokens are the finest layer of SD 1.5 at 512x512"
+        ),
         "tome_sampler_keep_maps": info(True, "Keep the last run's importance and merge maps").info(
             "for the tab and the API; a few kilobytes a step, only in memory"
         ),

@@ -169,7 +169,7 @@ def _control(field: Field, value: Any, elem_id: Callable[[str], str], prefix: st
         return gr.Radio(list(field.choices), value=value, info=field.info, **common)
     if field.kind == "choices":
         return gr.CheckboxGroup(list(field.choices), value=value, info=field.info, **common)
-    if field.kind == "refresh":
+    if field.kind in ("refresh", "tokens"):
         return gr.Dropdown(list(field.choices), value=value, info=field.info, allow_custom_value=True, **common)
     if field.kind == "whole" and field.high > 1e6:
         return gr.Number(value, precision=0, info=field.info, **common)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, settings
 from ldm import LdmUNet
+
+from tome_sampler import gate
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -18,6 +23,16 @@ settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No test sees what this machine was calibrated to; where it would be."""
+    path = tmp_path / "calibration" / "gate.json"
+    monkeypatch.setattr(gate, "own_table", lambda: path)
+    gate.forget()
+    yield path
+    gate.forget()
 
 
 def tiny_unet(finest_has_attention: bool = True) -> UNet2DConditionModel:

@@ -60,7 +60,7 @@ configs = st.builds(
     random=st.booleans(),
     proportional=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
-    min_tokens=st.integers(0, 65536),
+    min_tokens=st.just("auto") | st.integers(0, 65536),
 )
 
 

@@ -27,9 +27,9 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
-def _whole(name: str, value: object, low: int) -> None:
+def _whole(name: str, value: object, low: int, other: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        raise ValueError(f"{name} is {value!r}; it must be {other}a whole number of at least {low}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ class MergeConfig:
         levels: on how many of the finest attention levels that the model has, >= 1.
         modules: which of "attn1", "attn2", "ff" run on merged tokens, each merged by itself; or "block": whole
             transformer blocks, merged once, which give every token what its group's mean has gained.
-        min_tokens: layers with fewer tokens are left alone: there it cannot pay. 0: none is.
+        min_tokens: layers with fewer tokens are left alone. "auto": those where it would not pay on this kind of
+            device, see :mod:`tome_sampler.gate`. 0: none is.
 
     Matching
         search: "global": among all destinations; "local": among those at most `neighbourhood` cells away.
@@ -95,7 +96,7 @@ class MergeConfig:
     protect: float = 0.0
     levels: int = 1
     modules: tuple[str, ...] = ("attn1",)
-    min_tokens: int = 1024
+    min_tokens: int | Literal["auto"] = "auto"
     search: Search = "global"
     neighbourhood: int = 1
     metric: Metric = "attention"
@@ -129,8 +130,10 @@ class MergeConfig:
         _one_of("destinations", self.destinations, ("grid", "cell", "pool"))
         _one_of("search", self.search, ("global", "local"))
         _one_of("metric", self.metric, ("attention", "block", "position"))
-        for name, low in (("levels", 1), ("min_tokens", 0), ("neighbourhood", 1)):
+        for name, low in (("levels", 1), ("neighbourhood", 1)):
             _whole(name, getattr(self, name), low)
+        if self.min_tokens != "auto":
+            _whole("min_tokens", self.min_tokens, 0, "'auto' or ")
         _whole("seed", self.seed, 0)
         for name in ("random", "share_branches", "share_layers", "proportional"):
             if not isinstance(getattr(self, name), bool):

@@ -7,6 +7,7 @@ without a generator, without a copy from the host.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -23,6 +24,18 @@ class Dst:
 
     index: Tensor
     cells: tuple[int, int] | None
+
+    def sources(self, n: int) -> Tensor:
+        """(b n - k) the others of n tokens, in their order; found once, for all layers that share the destinations."""
+        if n not in self._sources:
+            b, k = self.index.shape
+            is_dst = torch.zeros(b, n, dtype=torch.uint8, device=self.index.device).scatter_(1, self.index, 1)
+            self._sources[n] = is_dst.argsort(dim=1, stable=True)[:, : n - k]
+        return self._sources[n]
+
+    @cached_property
+    def _sources(self) -> dict[int, Tensor]:
+        return {}
 
 
 def hashed_uniform(count: int, seed: int, device: torch.device) -> Tensor:
@@ -94,8 +107,7 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     unit = _unit(metric).to(metric.dtype)
     index = dst.index.expand(b, -1)
     k = index.shape[1]
-    is_dst = torch.zeros(b, n, dtype=torch.uint8, device=metric.device).scatter_(1, index, 1)
-    src = is_dst.argsort(dim=1, stable=True)[:, : n - k]
+    src = dst.sources(n).expand(b, -1)
     # contiguous: over few channels the product of a transposed view takes twice as long on a CPU
     candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).transpose(1, 2).contiguous()
     sources = unit.gather(1, src[..., None].expand(-1, -1, c))

@@ -23,7 +23,8 @@ class Pairing:
     token itself where nothing was merged. prune: a row holds its head's value and not its group's mean. padded: whether
     there may be padding.
 
-    It knows nothing of how the match was made. Sums are taken in fp32: half-precision group sums overflow.
+    It knows nothing of how the match was made. Sums are taken in fp32: half-precision group sums overflow. Indices are
+    int32, as they are kept from step to step.
     """
 
     row: Tensor
@@ -44,17 +45,21 @@ class Pairing:
         own = torch.arange(n, device=target.device)
         row = ((target == own).cumsum(1) - 1).gather(1, target)
         size = torch.zeros(b, m, device=target.device).scatter_add_(1, row, torch.ones_like(row, dtype=torch.float32))
-        head = torch.zeros(b, m, dtype=torch.long, device=target.device).scatter_(1, row, target)
-        return cls(row, size, head, prune, padded)
+        head = torch.zeros(b, m, dtype=torch.int32, device=target.device).scatter_(1, row, target.int())
+        return cls(row.int(), size, head, prune, padded)
 
     def take(self, index: Tensor) -> Pairing:
-        """The pairing whose batch row i is this one's row index[i]."""
-        return Pairing(self.row[index], self.size[index], self.head[index], self.prune, self.padded)
+        """The pairing whose batch row i is this one's row index[i]. Of a single row nothing is copied."""
+        if self.row.shape[0] == 1:
+            row, size, head = (t.expand(len(index), -1) for t in (self.row, self.size, self.head))
+        else:
+            row, size, head = (t[index] for t in (self.row, self.size, self.head))
+        return Pairing(row, size, head, self.prune, self.padded)
 
     @property
     def target(self) -> Tensor:
         """(b n) the token that each token is represented by; inverse of :meth:`from_target`."""
-        return self.head.gather(1, self.row)
+        return self.head.gather(1, self.row.long()).long()
 
     def merge(self, x: Tensor) -> Tensor:
         """x (b n c) as (b m c): each row the mean of its tokens, or its head's value when pruning. Padding is 0."""
@@ -64,7 +69,7 @@ class Pairing:
         if self.prune:
             return flat.index_select(0, self._flat_head).view(b, m, c)
         if x.device.type in _BAGS:
-            weights = self._weights if x.dtype == torch.float32 else self._weights_in(x.dtype)
+            weights = self._weights_in(x.dtype)
             bags = functional.embedding_bag(
                 self._order, flat, self._offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
             )
@@ -103,26 +108,25 @@ class Pairing:
     @cached_property
     def _order(self) -> Tensor:
         """The tokens, row by row."""
-        return self.flat_row.argsort(stable=True)
+        return self.flat_row.argsort(stable=True).int()
 
     @cached_property
     def _offsets(self) -> Tensor:
         """Where each row begins in the order, and where the last one ends."""
-        return functional.pad(self.size.flatten().long().cumsum(0), (1, 0))
-
-    @cached_property
-    def _weights(self) -> Tensor:
-        """What each token of the order counts for in its row's mean."""
-        return self._inverse_size.flatten()[self.flat_row[self._order]]
+        return functional.pad(self.size.flatten().cumsum(0, dtype=torch.int32), (1, 0))
 
     def _weights_in(self, dtype: torch.dtype) -> Tensor:
-        if dtype not in self._cast:
-            self._cast[dtype] = self._weights.to(dtype)
-        return self._cast[dtype]
+        """What each token of the order counts for in its row's mean."""
+        if dtype not in self._weights:
+            inverse = self.size.clamp(min=1).reciprocal().flatten()
+            # with the length told nothing waits for the device to learn it
+            weights = inverse.repeat_interleave(self.size.flatten().int(), output_size=self.row.numel())
+            self._weights[dtype] = weights.to(dtype)
+        return self._weights[dtype]
 
     @cached_property
-    def _cast(self) -> dict[torch.dtype, Tensor]:
+    def _weights(self) -> dict[torch.dtype, Tensor]:
         return {}
 
     def _offset(self, length: int) -> Tensor:
-        return torch.arange(self.row.shape[0], device=self.row.device)[:, None] * length
+        return torch.arange(self.row.shape[0], dtype=torch.int32, device=self.row.device)[:, None] * length

@@ -14,11 +14,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from tome_sampler.config import MergeConfig
+from tome_sampler.gate import least_tokens
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
-from tome_sampler.matching import cell_dst, cell_size, global_match, grid_dst, local_match, pool_dst, sources_to_merge
+from tome_sampler.matching import (
+    Dst,
+    cell_dst,
+    cell_size,
+    global_match,
+    grid_dst,
+    local_match,
+    pool_dst,
+    sources_to_merge,
+)
 from tome_sampler.pairing import Pairing
 from tome_sampler.positions import position_features
-from tome_sampler.refresh import Clock, Moment
+from tome_sampler.refresh import Always, Clock, Moment
 from tome_sampler.stats import Stats
 
 log = logging.getLogger("tome_sampler")
@@ -158,18 +168,21 @@ class MergeSession:
         self._call, self._moment = call, moment
         self._calls += 1
         self._seen.clear()
+        self._cells.clear()
         self.stats.begin(call.sigma)
         self._read_drift()
 
     def end(self) -> None:
         """The model call is over."""
         self._call = self._moment = None
+        self._cells.clear()
 
     @torch.no_grad()
     def observe(self, cond: Tensor, uncond: Tensor) -> None:
         """Importance for the next call, from both branches of this one: model outputs (images c h w)."""
         self._importance = cfg_magnitude(cond, uncond)
         self._ranks.clear()
+        self._cells.clear()
 
     @torch.no_grad()
     def merge(
@@ -188,7 +201,7 @@ class MergeSession:
             self.note(f"{n} tokens are not the grid of a {self._latent_size or 'square'} latent: passed through")
             return None
         config = self.config
-        if self._level(n) >= config.levels or n < config.min_tokens:
+        if self._level(n) >= config.levels or self.too_short(n, x.shape[2], x.dtype, x.device.type):
             return None
         if self._call is not None and layer.name in self._seen:  # a reference pass, say: not the tokens it was first
             self.note(f"{layer.name} ran more than once in a model call: passed through")
@@ -221,6 +234,18 @@ class MergeSession:
         if config.destinations == "grid":
             return n - min(r, n - whole)
         return n - r if r <= n - max(cut, n // config.stride**2) else None
+
+    def too_short(self, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
+        """Whether a layer of n tokens is left alone: the size gate."""
+        config = self.config
+        if config.min_tokens != "auto":
+            return n < config.min_tokens
+        if config.ratio <= 0:
+            return False
+        least = least_tokens(channels, dtype, device, config.ratio, isinstance(config.refresh, Always))
+        if n < least:
+            self.note(f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')")
+        return n < least
 
     def timed(self, part: str, device: torch.device) -> AbstractContextManager[None]:
         """Within it, time counts for "matching" or "merging", if this session is timed."""
@@ -316,15 +341,17 @@ class MergeSession:
         """Match the tokens of `metric` (rows n c) on a grid; row i is of the image images[i]."""
         config, n, prune = self.config, metric.shape[1], self._prunes(self._moment)
         r = int(n * config.ratio)
-        seed = self._seed(layer) if config.random else None
         pooled, rank = self._importance_on(grid, images, metric.device)
         in_pool = None
         if config.destinations == "pool" and rank is not None and not prune:
             dst, in_pool = pool_dst(rank, r, config.stride, config.pool, self._seed(layer))
         elif config.destinations == "cell" and not prune:
-            dst = cell_dst(metric.new_zeros(1, n) if rank is None else rank, grid, config.stride)
+            if (grid, images) not in self._cells:  # the same for all layers of a level
+                zeros = metric.new_zeros(1, n)
+                self._cells[grid, images] = cell_dst(zeros if rank is None else rank, grid, config.stride)
+            dst = self._cells[grid, images]
         else:
-            dst = grid_dst(grid, config.stride, metric.device, seed)
+            dst = grid_dst(grid, config.stride, metric.device, self._seed(layer) if config.random else None)
         if config.search == "local":
             score, nearest = local_match(metric, dst, grid, config.stride, config.neighbourhood)
         else:
@@ -379,6 +406,7 @@ class MergeSession:
         self._importance = None
         self._ranks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._sizes: set[int] = set()  # stands in for the levels where no latent size is known
+        self._cells: dict[tuple[tuple[int, int], tuple[int, ...]], Dst] = {}  # destinations, in this model call
         self._seen: set[str] = set()  # layers that have merged in this model call
         self._grids: dict[int, tuple[int, int] | None] = {}
 

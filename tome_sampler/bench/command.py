@@ -18,6 +18,7 @@ examples:
   tome-sampler bench --arch sd15 --size 512 --methods plain,bound,tomesd,ca_tome,default
   tome-sampler bench --arch sd15,sdxl --size 512,1024 --dtype bf16 --steps 20,50 --json bench.json --plot bench.png
   tome-sampler bench --arch sd15 --device cuda --dtype fp16 --backend flash --batch 1,4 --methods default:ratio=0.7
+  tome-sampler bench --calibrate --device cuda --dtype fp16
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="attention kernels: auto, flash, efficient, math, or xformers (default %(default)s)",
     )
+    model.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="instead of all this, find from how many tokens merging a layer pays on this machine, for --device, "
+        "--dtype and --backend, and keep it: min_tokens='auto' reads it from then on",
+    )
     what = parser.add_argument_group("methods")
     what.add_argument("--methods", metavar="A,B", help="see above (default: all that can be had)")
     what.add_argument(
@@ -90,6 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.calibrate:
+        from tome_sampler.bench.calibrate import run as calibrate
+
+        return calibrate(args)
     from tome_sampler.bench import report
     from tome_sampler.bench.measure import measure
     from tome_sampler.bench.settings import Settings

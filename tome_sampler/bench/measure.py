@@ -29,7 +29,7 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
     """
     rows: list[dict[str, Any]] = []
     notes = list(settings.notes)
-    with _threads(settings.threads), torch.random.fork_rng(devices=_cuda(settings.device)):
+    with threads(settings.threads), torch.random.fork_rng(devices=_cuda(settings.device)):
         machine = report.machine(settings.device)
         before = report.load()
         for name in settings.archs:
@@ -78,7 +78,8 @@ def _cuda(device: torch.device) -> list[torch.device]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """Within it, torch computes on so many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -66,14 +66,15 @@ class Method:
         """Let go of all tensors."""
 
 
-class _Kept(MergeSession):
+class KeptSession(MergeSession):
     """A session that keeps its pairs when it is taken off the model between turns."""
 
     def release(self) -> None:
         pass
 
 
-def _raise(error: Exception) -> NoReturn:
+def raise_(error: Exception) -> NoReturn:
+    """An error of ours while measuring is one."""
     raise error
 
 
@@ -87,13 +88,13 @@ class Merged(Method):
         self.config = config
         self.varies = config.threshold is not None
         sigmas = host.sigmas(USUAL_STEPS)
-        self._session = _Kept(config, sigmas)
+        self._session = KeptSession(config, sigmas)
         self.phases = ("refresh", "reuse") if self.made_in(sigmas)[1] else ("refresh",)
 
     @contextmanager
     def on(self) -> Iterator[None]:
         # the session is told of each call below
-        detach = attach(self.host.model, self._session, lambda *_: None, _raise)
+        detach = attach(self.host.model, self._session, lambda *_: None, raise_)
         try:
             yield
         finally:
@@ -108,7 +109,7 @@ class Merged(Method):
                 self._session.observe(*self.host.seen)
 
     def restart(self, sigmas: list[float]) -> None:
-        self._session = _Kept(self.config, sigmas)
+        self._session = KeptSession(self.config, sigmas)
 
     def call(self, inputs: Inputs, sigma: float, step: int) -> Tensor:
         del step
@@ -140,7 +141,7 @@ class Merged(Method):
         return sum(any(s.pairings_made for s in call.layers.values()) for call in self._session.stats.calls)
 
     def release(self) -> None:
-        self._session = _Kept(self.config, self.host.sigmas(USUAL_STEPS))
+        self._session = KeptSession(self.config, self.host.sigmas(USUAL_STEPS))
 
 
 class Stacked(Method):

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tome_sampler.bench.limits import Plan
-from tome_sampler.bench.methods import USUAL_STEPS, Method
+from tome_sampler.bench.methods import Method
 from tome_sampler.bench.parts import PARTS
 from tome_sampler.bench.rounds import Findings
 
 Series = Sequence[float]
+LENGTHS = (20, 50)
+"""Of the runs that single steps are put together to."""
 
 
 def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -25,7 +27,11 @@ def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {**common, **row}
         for method in found.methods
-        for row in (*_composed(found, method), *_steps(found, method), *_runs(found, method))
+        for row in (
+            *(_composed(found, method, length) for length in LENGTHS if "refresh" in method.phases),
+            *_steps(found, method),
+            *_runs(found, method),
+        )
     ]
 
 
@@ -51,25 +57,21 @@ def _steps(found: Findings, method: Method) -> list[dict[str, Any]]:
     return rows
 
 
-def _composed(found: Findings, method: Method) -> list[dict[str, Any]]:
-    if "refresh" not in method.phases:
-        return []
-    made, reused = method.made_in(found.host.sigmas(USUAL_STEPS))
+def _composed(found: Findings, method: Method, length: int) -> dict[str, Any]:
+    made, reused = method.made_in(found.host.sigmas(length))
     plain = [t.seconds for t in found.steps[found.methods[0].name]]
     refresh = [t.seconds for t in found.steps[f"{method.name}/refresh"]]
     reuse = [t.seconds for t in found.steps.get(f"{method.name}/reuse", [])] or refresh
-    rest = USUAL_STEPS - made - reused
-    mixed = [(made * a + reused * b + rest * c) / USUAL_STEPS for a, b, c in zip(refresh, reuse, plain, strict=True)]
-    return [
-        {
-            "method": method.name,
-            "kind": "composed",
-            "steps": USUAL_STEPS,
-            "steps_with_new_pairs": made,
-            **_figures(found, method, mixed, lambda n: [t.seconds for t in found.steps[n]]),
-            "peak_mb": _peak(found, method),
-        }
-    ]
+    rest = length - made - reused
+    mixed = [(made * a + reused * b + rest * c) / length for a, b, c in zip(refresh, reuse, plain, strict=True)]
+    return {
+        "method": method.name,
+        "kind": "composed",
+        "steps": length,
+        "steps_with_new_pairs": made,
+        **_figures(found, method, mixed, lambda n: [t.seconds for t in found.steps[n]]),
+        "peak_mb": _peak(found, method),
+    }
 
 
 def _runs(found: Findings, method: Method) -> list[dict[str, Any]]:

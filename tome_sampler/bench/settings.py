@@ -51,21 +51,21 @@ class Settings:
             raise ValueError("steps is 1; it must be 0, for single steps only, or from 2 to 1000")
         chosen, bound, notes = choose(args.methods, quick=args.quick, runs=bool(steps))
         settings = cls(
-            archs=tuple(_one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(",")),
+            archs=tuple(one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(",")),
             checkpoint=args.checkpoint,
             sizes=_numbers("size", args.size, *SIZES),
             batches=_numbers("batch", args.batch, 1, 64),
-            dtype=_one_of("dtype", args.dtype, tuple(DTYPES)),
-            device=_device(args.device),
-            backend=_one_of("backend", args.backend, BACKENDS),
+            dtype=one_of("dtype", args.dtype, tuple(DTYPES)),
+            device=device_of(args.device),
+            backend=one_of("backend", args.backend, BACKENDS),
             chosen=chosen,
             bound=bound,
-            ratio=_in_range("ratio", args.ratio, 0, 0.9375),
+            ratio=in_range("ratio", args.ratio, 0, 0.9375),
             modules=None if args.modules is None else tuple(args.modules.split(",")),
             steps=steps,
-            repeats=_in_range("repeats", (1 if args.quick else 5) if args.repeats is None else args.repeats, 1, 1000),
-            threads=_in_range("threads", args.threads, 1, 1024),
-            seed=_in_range("seed", args.seed, 0, 2**32 - 1),
+            repeats=in_range("repeats", (1 if args.quick else 5) if args.repeats is None else args.repeats, 1, 1000),
+            threads=in_range("threads", args.threads, 1, 1024),
+            seed=in_range("seed", args.seed, 0, 2**32 - 1),
             notes=notes,
         )
         settings._check()
@@ -102,7 +102,8 @@ class Settings:
         return given if self.modules is None else {**given, "modules": self.modules}
 
 
-def _one_of(option: str, given: str, allowed: tuple[str, ...]) -> str:
+def one_of(option: str, given: str, allowed: tuple[str, ...]) -> str:
+    """An option of a few; ValueError if it is another."""
     if given.strip() not in allowed:
         raise ValueError(f"{option} is {given!r}; it must be one of {', '.join(allowed)}")
     return given.strip()
@@ -118,13 +119,15 @@ def _numbers(option: str, given: str, low: int, high: int, multiple: int = 1) ->
     return tuple(dict.fromkeys(numbers))
 
 
-def _in_range(option: str, value: Any, low: float, high: float) -> Any:
+def in_range(option: str, value: Any, low: float, high: float) -> Any:
+    """An option that is a number; ValueError if it is out of its range."""
     if not low <= value <= high:
         raise ValueError(f"{option} is {value:g}; it must be from {low:g} to {high:g}")
     return value
 
 
-def _device(given: str) -> torch.device:
+def device_of(given: str) -> torch.device:
+    """A device that is there; ValueError if it is not."""
     try:
         device = torch.device(given)
     except RuntimeError:

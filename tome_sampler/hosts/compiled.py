@@ -147,7 +147,9 @@ class Compiled:
         if coarseness not in self._levels:
             self._levels.append(coarseness)
         config = self.session.config
-        if sorted(self._levels).index(coarseness) >= config.levels or n < config.min_tokens:
+        if sorted(self._levels).index(coarseness) >= config.levels:
+            return None
+        if _too_short(self.number, n, x.shape[2], x.dtype, x.device.type):
             return None
         m = self.session.fixed_length(n, self._size)
         if m is None:
@@ -205,6 +207,12 @@ class Compiled:
         return merged, sizes.clone(), pairing.flat_row.clone()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _too_short(run: int, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
+    """The size gate, whose answer is part of the graph: lengths and widths are, too."""
+    return _at_work[run].session.too_short(n, channels, dtype, device)
+
+
 def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     compiled = _at_work.get(run)
     if compiled is None:
@@ -218,7 +226,7 @@ def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple
 
 def _merge_fake(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     b, n, c = x.shape
-    return x.new_empty(b, m, c), x.new_empty(b, m, dtype=torch.float32), x.new_empty(b * n, dtype=torch.long)
+    return x.new_empty(b, m, c), x.new_empty(b, m, dtype=torch.float32), x.new_empty(b * n, dtype=torch.int32)
 
 
 def _begin_op(x: Tensor, time: Tensor, run: int) -> Tensor:

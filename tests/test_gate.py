@@ -1,0 +1,127 @@
+"""The size gate: which layers are left alone because merging them would not pay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_unet
+from test_session import one, tokens
+
+from tome_sampler import MergeConfig, MergeSession, gate, merging
+from tome_sampler.bench.calibrate import _first, calibrate
+from tome_sampler.cli import main
+from tome_sampler.refresh import Always, Once
+
+ROW = {"device": "cpu", "backend": "auto", "dtype": "float32", "channels": 320, "kept": 100, "always": 400}
+
+
+def least(channels: int = 320, dtype: torch.dtype = torch.float32, device: str = "cpu", **more: Any) -> int:
+    return gate.least_tokens(channels, dtype, device, more.get("ratio", 0.5), more.get("always", False))
+
+
+def test_the_built_in_table_is_one_and_its_gates_open_with_width() -> None:
+    rows = json.loads(gate.BUILT_IN.read_text())["rows"]
+    assert rows
+    assert all(gate._is_row(row) for row in rows)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = [least(channels, dtype) for channels in (48, 320, 640, 1280)]
+        assert found == sorted(found, reverse=True)
+        assert all(least(c, dtype, always=True) >= least(c, dtype) for c in (48, 320, 640, 1280))
+
+
+def test_a_calibration_lies_where_caches_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert gate.own_table() == tmp_path / "tome-sampler" / "gate.json"
+
+
+def test_a_calibration_of_ones_own_takes_the_built_in_ones_place(calibration: Path) -> None:
+    gate.write_table(calibration, {"device": "this one"}, [ROW])
+    assert (least(), least(always=True)) == (100, 400)
+    assert least(channels=64, dtype=torch.float16) == 100  # the nearest that it has
+    gate.write_table(calibration, {}, [{**ROW, "dtype": "bfloat16", "kept": 50}])
+    assert (least(), least(dtype=torch.bfloat16)) == (100, 50)  # other rows stay
+    gate.write_table(calibration, {}, [{**ROW, "kept": 70}])
+    assert (least(), least(dtype=torch.bfloat16)) == (70, 50)
+
+
+def test_devices_that_were_not_measured_have_a_gate() -> None:
+    assert least(device="cuda") == gate.UNMEASURED["cuda"]
+    assert least(device="mps") == gate.OTHERS
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [1]}', '{"rows": [{"device": "cpu"}]}', '{"rows": 7}'])
+def test_a_broken_table_is_no_table(calibration: Path, text: str) -> None:
+    expected = least()
+    calibration.parent.mkdir(parents=True)
+    calibration.write_text(text)
+    gate.forget()
+    assert least() == expected
+    gate.write_table(calibration, {}, [ROW])
+    assert least() == 100
+
+
+def test_less_merging_needs_longer_sequences(calibration: Path) -> None:
+    gate.write_table(calibration, {}, [ROW])
+    found = [least(ratio=ratio) for ratio in (0.9, 0.5, 0.3, 0.1, 0.01)]
+    assert found == sorted(found)
+    assert found[:2] == [100, 100]
+    assert least(ratio=0.1) == pytest.approx(100 * 0.75 / 0.19, abs=1)
+
+
+def test_a_session_leaves_short_layers_alone_and_says_so_once(calibration: Path) -> None:
+    gate.write_table(calibration, {}, [{**ROW, "kept": 64, "always": 65}])
+    for policy, merged in ((Once(), True), (Always(), False)):
+        session = MergeSession(MergeConfig(refresh=policy))
+        for _ in range(2):
+            assert (one(session, tokens()) is not None) == merged  # 64 tokens
+        assert len(session.stats.notes) == (not merged)
+        assert all("64 tokens are left alone: on cpu merging pays from 65" in note for note in session.stats.notes)
+    assert one(MergeSession(MergeConfig(refresh=Always(), min_tokens=0)), tokens()) is not None
+
+
+@pytest.mark.parametrize("least_tokens", [1, 1000])
+def test_a_compiled_model_has_the_same_gate(calibration: Path, least_tokens: int) -> None:
+    gate.write_table(calibration, {}, [{**ROW, "kept": least_tokens, "always": least_tokens}])
+    unet, x = tiny_unet(), torch.randn(2, 4, 16, 16)
+    context = torch.randn(2, 5, 8)
+    torch._dynamo.reset()
+    config = MergeConfig(threshold=None)
+    with torch.no_grad(), merging(unet, config, branches=("uncond", "cond")) as session:
+        eager = unet(x, torch.tensor(500), context).sample
+        session.reset()
+        compiled = torch.compile(unet, backend="eager", fullgraph=True)(x, torch.tensor(500), context).sample
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+        assert (session.stats.to_dict()["merged_fraction"] > 0) == (least_tokens == 1)
+
+
+def test_calibrating_gives_a_row_for_each_width() -> None:
+    rows = calibrate(
+        torch.device("cpu"), torch.float32, repeats=1, widths=((16, 2), (32, 2)), sides=(4, 32), progress=False
+    )
+    assert [row["channels"] for row in rows] == [16, 32]
+    assert all(gate._is_row(row) for row in rows)
+    assert all(row[key] in (16, 1024, 2048) for row in rows for key in ("kept", "always"))
+
+
+def test_it_pays_from_where_it_always_does() -> None:
+    sides = (8, 12, 16)
+    assert _first(sides, [True, False, True]) == 256
+    assert _first(sides, [False, True, True]) == 144
+    assert _first(sides, [True, True]) == 64  # longer ones were not tried: both paid
+    assert _first(sides, [True, False, False]) == 512
+
+
+def test_the_command_keeps_what_it_finds(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tome_sampler.bench.calibrate.calibrate", lambda *_, **__: [ROW])
+    assert main(["bench", "--calibrate", "--quiet"]) == 0
+    assert least() == 100
+    assert str(calibration) in capsys.readouterr().out
+    assert main(["bench", "--calibrate", "--dtype", "int8"]) == 2
+    assert "dtype is 'int8'; it must be one of fp32, bf16, fp16" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""The size gate: from how many tokens merging a layer pays, so that no run is slower for it.
+
+What merging saves grows with the square of a sequence's length, and what it costs hardly at all: below some length a
+layer is better left alone. Where that is was measured (``tome-sampler bench --calibrate``), for the machine that the
+table names; a calibration of your own takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUILT_IN = Path(__file__).with_name("gate.json")
+UNMEASURED = {"cuda": 2048}
+"""Tokens, for devices that the table does not have. Not measured: 4096 tokens are what fused attention on a GPU is
+known to gain from, and a quarter of that is a sixteenth of the gain."""
+OTHERS = 1024
+
+_STANDARD = 1 - (1 - 0.5) ** 2  # of a layer's attention scores, what the ratio saves that the table is made at
+
+
+def own_table() -> Path:
+    """Where a calibration of this machine lies, whether or not there is one."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "tome-sampler" / "gate.json"
+
+
+def backend_of(device: str) -> str:
+    """Which of torch's attention kernels a device takes first: "flash", "efficient" or "math"; elsewhere "auto"."""
+    if device != "cuda":
+        return "auto"
+    kernels = torch.backends.cuda
+    if kernels.flash_sdp_enabled():
+        return "flash"
+    return "efficient" if kernels.mem_efficient_sdp_enabled() else "math"
+
+
+def least_tokens(channels: int, dtype: torch.dtype, device: str, ratio: float, always: bool) -> int:
+    """The shortest sequence that is merged at a ratio > 0.
+
+    Args:
+        channels: width of the layer's tokens. device: a torch device type.
+        always: pairs are made in every call, so that nothing pays for the match but the call itself.
+    """
+    at_half = _at_half(channels, str(dtype).removeprefix("torch."), device, backend_of(device), always)
+    # savings go with n * n * (1 - (1 - ratio)^2) and costs with n, so where they meet goes with the inverse
+    return math.ceil(at_half * max(_STANDARD / (1 - (1 - min(ratio, 1.0)) ** 2), 1.0))
+
+
+@lru_cache(maxsize=256)
+def _at_half(channels: int, dtype: str, device: str, backend: str, always: bool) -> int:
+    rows = [row for row in _table() if row["device"] == device]
+    for key, value in (("backend", backend), ("dtype", dtype)):  # what is not in it is taken to be like the rest
+        rows = [row for row in rows if row[key] == value] or rows
+    if not rows:
+        return UNMEASURED.get(device, OTHERS)
+    nearest = min(abs(math.log(row["channels"] / channels)) for row in rows)
+    alike = [row for row in rows if abs(math.log(row["channels"] / channels)) == nearest]
+    return max(int(row["always" if always else "kept"]) for row in alike)
+
+
+@lru_cache(maxsize=1)
+def _table() -> list[dict[str, Any]]:
+    """Rows: device, backend, dtype, channels; kept and always: tokens from which merging pays."""
+    return _rows_of(own_table()) or _rows_of(BUILT_IN)
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """A table's rows; none where there is no table, or one that is not ours."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("device", "backend", "dtype")):
+        return False
+    return all(isinstance(row.get(key), int) and row[key] > 0 for key in ("channels", "kept", "always"))
+
+
+def write_table(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Save a calibration; it counts from now on. Rows of devices, kernels and precisions that it does not have stay.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    kinds = {_kind(row) for row in rows}
+    rows = [row for row in _rows_of(path) if _kind(row) not in kinds] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    new.replace(path)
+    forget()
+
+
+def forget() -> None:
+    """Read the tables anew when they are next asked for."""
+    _table.cache_clear()
+    _at_half.cache_clear()
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["device"], row["backend"], row["dtype"]
