@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.prompts import NEXT_SEED, cases, held_out_captions, read_prompts, scene_of
 from tome_sampler.eval.report import curves, matched_table, matches, table
 from tome_sampler.eval.summary import Estimate, estimate, match, points
+from tome_sampler.eval.weights import clip_score, inception_distances, lpips
 
 CAPTION = "a large red ring in the middle on wavy navy"
 OTHER = "a small white cross at the top left, a large green circle at the bottom on plain grey"
@@ -332,6 +334,45 @@ def test_a_report_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
         rows.write_whole(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# -- weights that the user gives
+
+
+def test_clip_scores_come_from_a_local_folder(tmp_path: Path, prompt_file: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    text = {**small, **ends, "vocab_size": len(words), "max_position_embeddings": 128}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={**small, "image_size": 32, "patch_size": 16}, projection_dim=8
+    )
+    folder = tmp_path / "clip"
+    transformers.CLIPModel(config).save_pretrained(folder)
+    transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
+    file, more = tmp_path / "rows.jsonl", ["--clip", str(folder), "--markdown", str(tmp_path / "t.md")]
+    assert main(arguments(prompt_file, file, *more, methods=FEW)) == 0
+    assert all(0 <= row["clip"] <= 100 for row in rows_of(file))
+    assert "| CLIP |" in (tmp_path / "t.md").read_text()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no CLIP model with its processor"):
+        clip_score(folder)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="they can be had here")
+def test_what_a_measure_needs_is_said(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ImportError, match="--lpips needs torchvision"):
+        lpips(tmp_path / "w.pth")
+    with pytest.raises(ImportError, match="--inception needs torch-fidelity"):
+        inception_distances(tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"w\.pth, which does not hold weights"):
+        lpips(tmp_path / "w.pth")
 
 
 # -- what is measured
