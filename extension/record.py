@@ -104,6 +104,9 @@ class RunRecord:
         made = sum(p.stats["pairings_made"] for p in done if p.stats)
         reused = sum(p.stats["pairings_reused"] for p in done if p.stats)
         if not before:
+            note = next((note for p in done if p.stats for note in p.stats["notes"]), None)
+            if note is not None:
+                return f"Last run: nothing was merged; {note}."
             return "Last run: nothing was merged, no layer has enough tokens at this size."
         share = 1 - after / before
         return f"Last run ({self.preset}): {share:.0%} of the tokens merged, pairs made {made}, reused {reused}."

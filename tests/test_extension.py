@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -169,6 +170,44 @@ def test_a1111_tiles_pass_through_unharmed(a1111: A1111) -> None:
     plain, _ = a1111.generate([])
     assert same(plain, a1111.generate([FAST])[0])
     assert last(a1111)["passes"][0]["statistics"]["tokens_before"] == 0
+    assert "nothing was merged; the model was called with a part of the picture" in last(a1111)["summary"]
+    assert not a1111.errors
+
+
+def test_a1111_projections_that_another_extension_replaces_get_all_tokens(a1111: A1111) -> None:
+    """ControlNet-LLLite adds what it made of its own picture, token by token, to what `to_q` is given."""
+    projection: Any = unet_of(a1111).first.attn1.to_q  # type: ignore[union-attr]
+    before, _ = a1111.generate([FAST])
+    original = projection.forward
+    projection.forward = lambda x: original(x + torch.linspace(0, 1, 32 * 32).view(1, -1, 1))
+    plain, _ = a1111.generate([])
+    merged, _ = a1111.generate([FAST])
+    assert same(plain, merged)
+    assert "ControlNet-LLLite" in last(a1111)["summary"]
+    projection.forward = original  # it stays on the instance
+    assert same(before, a1111.generate([FAST])[0])
+    assert not a1111.errors
+
+
+def test_a1111_blocks_that_another_extension_drives_get_all_tokens(a1111: A1111) -> None:
+    """ControlNet's reference: the model's forward, replaced, runs every block on another picture's latent first."""
+    unet: Any = unet_of(a1111)
+    before, _ = a1111.generate([FAST])
+    original = unet.forward
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        other: Tensor = original(x.flip(-1), *args, **kwargs)
+        return 0.9 * original(x, *args, **kwargs) + 0.1 * other
+
+    unet.forward = MethodType(forward, unet)
+    for block in (unet.first, unet.last):
+        block._forward = MethodType(lambda self, x, context=None: x, block)
+    plain, _ = a1111.generate([])
+    merged, _ = a1111.generate([FAST])
+    assert same(plain, merged)
+    assert "ControlNet's reference" in last(a1111)["summary"]
+    unet.forward = original  # the blocks stay as they are
+    assert same(before, a1111.generate([FAST])[0])
     assert not a1111.errors
 
 
@@ -242,6 +281,26 @@ def test_forge_leaves_attention_that_others_replace_to_them(forge: Forge) -> Non
     statistics = last(forge)["passes"][0]["statistics"]
     assert any("another extension replaces the attention of input block 1" in note for note in statistics["notes"])
     assert [len(step["layers"]) for step in statistics["steps"]][-1] == 1
+    assert not forge.errors
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_forge_attention_that_others_give_their_own_q_k_or_v_is_left_alone(forge: Forge, changed: int) -> None:
+    def patch(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, extra = args
+        if extra["block"] == ("input", 1):
+            tensors[changed] = tensors[changed] + torch.linspace(0, 1, 32 * 32).view(1, -1, 1)
+        return tuple(tensors)
+
+    forge.clean.set_model_attn1_patch(patch)
+    plain, _ = forge.generate([])
+    merged, _ = forge.generate([FAST])
+    statistics = last(forge)["passes"][0]["statistics"]
+    assert statistics["merged_fraction"] == pytest.approx(0.5)
+    assert not any(name.startswith("input") for name in statistics["layers"])
+    assert any(name.startswith("output") for name in statistics["layers"])
+    assert any("q, k or v" in note for note in statistics["notes"])
+    assert not same(plain, merged)
     assert not forge.errors
 
 

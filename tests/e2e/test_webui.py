@@ -78,7 +78,10 @@ def last() -> dict[str, Any]:
     return found
 
 
-OVERRIDDEN = ("sd_model_checkpoint", "token_merging_ratio", "skip_early_cond", "s_min_uncond", "batch_cond_uncond")
+OVERRIDDEN = (
+    *("sd_model_checkpoint", "token_merging_ratio", "skip_early_cond", "s_min_uncond", "batch_cond_uncond"),
+    "emphasis",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -282,16 +285,23 @@ def test_beside_the_hosts_own_extensions(plain: list[bytes]) -> None:
     assert generate()[0] == plain
 
 
+def rotated(pixels: bytes) -> str:
+    return encoded(Image.frombytes("RGB", (SIZE, SIZE), pixels).transpose(Image.Transpose.ROTATE_90))
+
+
+def always_on() -> dict[str, Any]:
+    """The txt2img scripts of the host and its extensions, by name."""
+    return {s["name"]: s for s in get("/sdapi/v1/script-info") if s["is_alwayson"] and not s["is_img2img"]}
+
+
 def test_beside_a_reference_of_controlnet(plain: list[bytes]) -> None:
-    if not is_forge():
-        pytest.skip("ControlNet is not built in here")
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", (SIZE, SIZE), plain[0]).transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG")
+    if "controlnet" not in always_on():
+        pytest.skip("this host has no ControlNet")
     unit = {
         "enabled": True,
         "module": "reference_only",
         "model": "None",
-        "image": base64.b64encode(buffer.getvalue()).decode(),
+        "image": rotated(plain[0]),
         "processor_res": SIZE,
         "threshold_a": 0.5,
     }
@@ -301,7 +311,67 @@ def test_beside_a_reference_of_controlnet(plain: list[bytes]) -> None:
     merged = generate(alwayson_scripts={**theirs, TITLE: {"args": [ON]}})[0]
     assert not last()["error"]
     assert mean_difference(merged[0], before[0]) <= mean_difference(merged[0], plain[0])
+    if not is_forge():  # the reference's pass is part of the model's call there
+        assert merged[0] == before[0]
+        assert "nothing was merged; another extension drives the blocks" in last()["summary"]
     assert generate(alwayson_scripts=theirs)[0] == before
+    assert generate()[0] == plain
+
+
+def models_of_controlnet(kind: str) -> list[str]:
+    if "controlnet" not in always_on():
+        return []
+    return [name for name in get("/controlnet/model_list")["model_list"] if kind in name.lower()]
+
+
+@pytest.mark.parametrize("kind", ["lllite", "canny"])
+def test_beside_models_of_controlnet(plain: list[bytes], kind: str) -> None:
+    names = models_of_controlnet(kind)
+    if not names:
+        pytest.skip(f"needs a model of ControlNet for the checkpoint, with {kind} in its name")
+    unit = {"enabled": True, "module": "None" if is_forge() else "none", "model": names[0], "image": rotated(plain[0])}
+    theirs = {"ControlNet": {"args": [unit]}}
+    before = generate(alwayson_scripts=theirs)[0]
+    assert before[0] != plain[0]
+    merged = generate(alwayson_scripts={**theirs, TITLE: {"args": [ON]}})[0]
+    found = last()
+    assert not found["error"]
+    if kind == "lllite":
+        assert any("LLLite" in note for note in found["passes"][0]["statistics"]["notes"])
+    if kind != "lllite" or is_forge():  # where it has none of the layers, there is merging
+        assert found["passes"][0]["statistics"]["merged_fraction"] > 0
+        assert merged[0] != before[0]
+    assert mean_difference(merged[0], before[0]) <= mean_difference(merged[0], plain[0])
+    assert generate(alwayson_scripts=theirs)[0] == before
+    assert generate()[0] == plain
+
+
+@pytest.mark.parametrize("method", ["MultiDiffusion", "Mixture of Diffusers"])
+def test_beside_tiled_diffusion(plain: list[bytes], method: str) -> None:
+    if "tiled diffusion" not in always_on():
+        pytest.skip("this host has no Tiled Diffusion")
+    tile = SIZE // 16
+    theirs = {"Tiled Diffusion": {"args": [True, method, False, True, SIZE, SIZE, tile, tile, 4, 4]}}
+    before = generate(alwayson_scripts=theirs)[0]
+    assert before != plain
+    assert generate(alwayson_scripts={**theirs, TITLE: {"args": [ON]}})[0] == before
+    assert "a part of the picture" in last()["summary"]
+    assert generate()[0] == plain
+
+
+@pytest.mark.parametrize("mode", ["Attention", "Latent"])
+def test_beside_a_regional_prompter(plain: list[bytes], mode: str) -> None:
+    if "regional prompter" not in always_on():
+        pytest.skip("this host has no Regional Prompter")
+    layout = [True, False, "Matrix", "Columns", "Mask", "Prompt", "1,1", "0.2", False, False, False, mode, [False]]
+    theirs = {"Regional Prompter": {"args": [*layout, "0", "0", "0.4", None, "0", "0", False]}}
+    settings = {"prompt": "a fox BREAK the sea", "override_settings": {"emphasis": "No norm"}}
+    before = generate(alwayson_scripts=theirs, **settings)[0]
+    assert before != generate(**settings)[0]
+    merged = generate(alwayson_scripts={**theirs, TITLE: {"args": [ON]}}, **settings)[0]
+    assert last()["passes"][0]["statistics"]["merged_fraction"] > 0
+    assert 0 < mean_difference(merged[0], before[0]) < mean_difference(merged[0], plain[0])
+    assert generate(alwayson_scripts=theirs, **settings)[0] == before
     assert generate()[0] == plain
 
 

@@ -15,6 +15,8 @@ from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.modules import attach
 from tome_sampler.session import MergeSession, ModelCall
 
+OTHER_CALL = "the model was called with a part of the picture, or by another extension: passed through"
+
 
 class A1111Pass:
     """Merging in one sampling pass. `session` is the current one, `sessions` all: a refiner gets one of its own.
@@ -110,17 +112,43 @@ class A1111Pass:
     def _describe(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """The next rows of what guidance told of. A tile, or a call that guidance knows nothing of, passes through."""
         x = args[0] if args else kwargs.get("x")
-        first = self._next
-        if isinstance(x, Tensor) and tuple(x.shape[-2:]) == self._size and first + x.shape[0] <= len(self._branches):
-            self._next += x.shape[0]
-            rows = slice(first, self._next)
-            return ModelCall(self._sigma, self._size, self._branches[rows], self._images[rows])
+        first, foreign = self._next, _foreign(root)
+        if foreign is None and isinstance(x, Tensor) and tuple(x.shape[-2:]) == self._size:
+            end = first + x.shape[0]
+            if end <= len(self._branches):
+                self._next = end
+                return ModelCall(self._sigma, self._size, self._branches[first:end], self._images[first:end])
+        self.sessions[-1].note(foreign or OTHER_CALL)
         return ModelCall(None, self._size, (), ())
 
     def _forget_call(self) -> None:
         self._sigma, self._size = None, None
         self._branches, self._images, self._owners = (), (), ()
         self._conds = self._next = 0
+
+
+def _foreign(unet: nn.Module) -> str | None:
+    """Who else works inside the attention of a U-Net that is about to run, so that it needs all its tokens; or None.
+
+    ControlNet replaces methods of the modules themselves, and hands most of them back as bound methods when it is done.
+    """
+    driven = _replaced(unet, "forward")
+    for block in unet.modules():
+        attention = getattr(block, "attn1", None)
+        if not isinstance(attention, nn.Module):
+            continue
+        if driven and _replaced(block, "_forward"):  # the reference's own pass would be merged, and the picture's not
+            return "another extension drives the blocks (ControlNet's reference mode does): passed through"
+        for layer in attention.modules():
+            own = vars(layer).get("forward")
+            if layer is not attention and own is not None and getattr(own, "__self__", None) is not layer:
+                return "another extension replaces attention's projections (ControlNet-LLLite does): passed through"
+    return None
+
+
+def _replaced(module: nn.Module, method: str) -> bool:
+    own = vars(module).get(method)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method, None)
 
 
 def _owners(x: Tensor, conds: int, images: int) -> tuple[int, ...] | None:

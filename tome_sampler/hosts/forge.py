@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tome_sampler.attention import proportional_attention
 from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.a1111 import OTHER_CALL
 from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
@@ -98,7 +99,10 @@ class ForgePass:
         try:
             block = extra.get("block", ("input", 0))
             stage, number, inner = block[0], int(block[1]), int(extra.get("block_index", 0))
-            if stage not in _STAGES or context is not n or (stage, number) in self._foreign:
+            if stage not in _STAGES or (stage, number) in self._foreign:
+                return n, context, value
+            if context is not n or value is not n:
+                self.session.note("another extension changes attention's q, k or v (LLLite does): passed through")
                 return n, context, value
             place = (_STAGES.index(stage), number, inner)
             if place <= self._place or self.session.current is None:
@@ -158,6 +162,8 @@ class ForgePass:
         call = ModelCall(None, self._size, (), ())
         if (h, w) == self._size and rows == self._images * len(chunks):
             call = ModelCall.chunked(float(extra["sigmas"].max()), self._size, chunks, self._images)
+        else:
+            self.session.note(OTHER_CALL)
         self.session.begin(call)
 
     def _fail(self, error: Exception) -> None:
