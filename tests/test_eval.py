@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import sd
 
 from tome_sampler.cli import main
 from tome_sampler.demo import load_model
@@ -193,6 +194,29 @@ def test_a_preset_that_changed_is_noticed(
     rows.write_rows(file, found)
     assert main(arguments(prompt_file, file, "--seeds", "2")) == 2
     assert "pictures of default when that preset meant other settings" in capsys.readouterr().err
+
+
+# -- a user's own model
+
+
+def test_a_checkpoint_and_free_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, prompts, file = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
+    sd().save_pretrained(model)
+    prompts.write_text("a cat\n")
+    given = arguments(prompts, file, "--model", str(model), methods="tomesd:ratio=0.5,default:min_tokens=0")
+    assert main([*given, "--negative", "a dog", "--size", "64"]) == 0
+    plain, tomesd, default = rows_of(file)
+    assert tomesd["merged_fraction"] == 0.5
+    assert 0.2 <= default["merged_fraction"] <= 0.5
+    assert tomesd["flops"] < plain["flops"]
+    assert default["error_inside"] is None, "where objects lie is known of drawn scenes only"
+    assert "features" not in default
+    assert "scene FD" not in capsys.readouterr().out
+    assert main(["eval", "--model", str(model), "--quiet"]) == 2
+    assert "needs --prompt-file" in capsys.readouterr().err
+    (model / "unet" / "config.json").write_text("{}")
+    assert main(given) == 2
+    assert "tome-sampler eval: " in capsys.readouterr().err
 
 
 # -- several processes

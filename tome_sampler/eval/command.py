@@ -30,6 +30,11 @@ HELP = "how much of the picture each way of merging keeps"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is drawn")
     what.add_argument("--model", metavar="M", help="as generate takes it (default: the embedded model)")
+    what.add_argument("--model-config", metavar="DIR", help="as generate takes it")
+    what.add_argument("--allow-pickle", action="store_true", help="read pickled checkpoints too, see generate")
+    what.add_argument(
+        "--dtype", default="fp32", help="of a checkpoint's weights: fp32, fp16, bf16 (default %(default)s)"
+    )
     what.add_argument("--prompts", type=int, default=8, help="how many random held-out captions (default %(default)s)")
     what.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts instead, one a line")
     what.add_argument("--first-seed", type=int, default=0, help="of the captions and pictures (default %(default)s)")
@@ -39,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=int, help="sampling steps (default: the model's usual)")
     how.add_argument("--sampler", help="a k-diffusion sampler's name (default: the model's usual)")
     how.add_argument("--cond-scale", type=float, help="guidance scale (default: the model's usual)")
-    how.add_argument("--size", metavar="N", help="pixels a side, or HEIGHTxWIDTH (default: the model's usual)")
+    how.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
+    how.add_argument("--size", metavar="SIDE|HxW", help="pixels (default: the model's usual)")
     how.add_argument("--batch", type=int, default=1, help="pictures at a time (default %(default)s)")
     how.add_argument("--device", help="cpu, cuda, cuda:1 (default: cpu, or what accelerate gives)")
     how.add_argument(

@@ -20,6 +20,7 @@ from tome_sampler.eval.rows import check_rows, read_rows, write_whole
 from tome_sampler.eval.sheet import sheet
 from tome_sampler.eval.summary import points
 from tome_sampler.eval.weights import clip_score, inception_distances, lpips
+from tome_sampler.generate.command import size_of
 from tome_sampler.models import Model, open_model
 from tome_sampler.models.run import Settings
 
@@ -41,14 +42,20 @@ def evaluate(args: argparse.Namespace) -> int:
     pyplot: Any = plotter() if args.plot else None
     torch.set_num_threads(args.threads)
     processes = Processes()
-    model = open_model(args.model, device=processes.device(args.device))
+    model = open_model(
+        args.model,
+        device=processes.device(args.device),
+        dtype=args.dtype,
+        config=args.model_config,
+        allow_pickle=args.allow_pickle,
+    )
     settings = _settings(args, model)
     if prompts is None:
         if model.name != "embedded":
             raise ValueError(f"{model.name} needs --prompt-file; only the embedded model has captions of its own")
         prompts = held_out_captions(args.prompts, args.first_seed)
-    else:
-        model.condition(prompts, settings.size)  # a prompt that cannot be encoded is told before anything is drawn
+    elif model.name == "embedded":
+        model.condition(prompts, settings.size)  # a prompt that it does not know is told before anything is drawn
     if args.reference is not None:
         read_pictures(args.reference)
     extras = [make(path) for make, path in ((lpips, args.lpips), (clip_score, args.clip)) if path is not None]
@@ -56,6 +63,7 @@ def evaluate(args: argparse.Namespace) -> int:
     device = next(model.module.parameters()).device.type
     plan = Plan(
         model=model,
+        negative=args.negative,
         cases=cases(prompts, args.seeds, args.first_seed),
         methods=methods,
         settings=settings,
@@ -72,6 +80,8 @@ def evaluate(args: argparse.Namespace) -> int:
             "threads": args.threads,
             "clock": "process CPU time" if device == "cpu" and args.threads == 1 else "wall clock",
             "weights": [name for name in ("lpips", "clip") if getattr(args, name) is not None],
+            **({} if args.dtype == "fp32" else {"dtype": args.dtype}),
+            **({} if not args.negative else {"negative": args.negative}),
         },
         extras=extras,
         pictures=args.pictures,
@@ -112,17 +122,10 @@ def _check(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace, model: Model) -> Settings:
     usual = model.usual
     settings = Settings(
-        size=usual.size if args.size is None else _size(args.size),
+        size=usual.size if args.size is None else size_of(args.size),
         steps=usual.steps if args.steps is None else args.steps,
         sampler=usual.sampler if args.sampler is None else args.sampler,
         cond_scale=usual.cond_scale if args.cond_scale is None else args.cond_scale,
     )
     model.latent_shape(settings.size)  # which says what is wrong with a size
     return settings
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
-        raise ValueError(f"size is {text!r}; it must be a number of pixels, or HEIGHTxWIDTH")
-    return int(sides[0]), int(sides[-1])

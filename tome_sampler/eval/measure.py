@@ -39,6 +39,7 @@ class Plan:
     batch: int
     run: Row
     extras: Sequence[Extra] = ()
+    negative: str = ""
     pictures: Path | None = None
 
     @property
@@ -57,7 +58,7 @@ class Plan:
     def draw(self, method: Method, group: Sequence[Case]) -> Drawn:
         clock = time.process_time if self.run["clock"] == "process CPU time" else time.perf_counter
         prompts, seeds = [case.prompt for case in group], [case.seed for case in group]
-        return method.draw(self.model, prompts, seeds, self.settings, clock)
+        return method.draw(self.model, prompts, seeds, self.settings, clock, negative=self.negative)
 
     def ordered(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that are of this plan, each once, picture by picture and in the methods' order."""

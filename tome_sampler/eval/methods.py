@@ -74,20 +74,32 @@ class Method:
         return ":".join(filter(None, (self.name, ",".join(rest))))
 
     def draw(
-        self, model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, clock: Callable[[], float]
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        clock: Callable[[], float],
+        negative: str = "",
     ) -> Drawn:
         """A picture of each prompt, in one batch."""
         if self.name in PEERS:
-            return self._draw_by_package(model, prompts, seeds, settings, clock)
+            return self._draw_by_package(model, prompts, seeds, settings, clock, negative)
         if self.name == "plain":
             seeds = [seed + _FAR * self.overrides.get("other_seed", 0) for seed in seeds]
             settings = replace(settings, steps=settings.steps + self.overrides.get("more_steps", 0))
-        run = sample(model, prompts, seeds, settings, self.config, clock=clock)
+        run = sample(model, prompts, seeds, settings, self.config, negative=negative, clock=clock)
         stats = run.stats or {}
         return Drawn(run.pictures, run.model_seconds, stats.get("merged_fraction"), tuple(stats.get("notes", ())))
 
     def _draw_by_package(
-        self, model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, clock: Callable[[], float]
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        clock: Callable[[], float],
+        negative: str,
     ) -> Drawn:
         unet = _patched_module(model.module)
         lengths: dict[int, list[int]] = {}  # of a layer's tokens: what attention got of them, call by call
@@ -112,7 +124,16 @@ class Method:
                 tell_step(1)  # as its own pipeline counts
                 yield
 
-        run = sample(model, prompts, seeds, settings, applied, on_step=lambda i, _: tell_step(i + 2), clock=clock)
+        run = sample(
+            model,
+            prompts,
+            seeds,
+            settings,
+            applied,
+            on_step=lambda i, _: tell_step(i + 2),
+            negative=negative,
+            clock=clock,
+        )
         return Drawn(run.pictures, run.model_seconds, _merged(lengths))
 
 
