@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tome_sampler.eval.measure import Plan, measure
+from tome_sampler.eval.measure import Plan, measure, parts_of
 from tome_sampler.eval.methods import read_methods
 from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.plot import plot, plotter
@@ -88,7 +88,8 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         file = args.json or Path(folder) / "rows.jsonl"
-        check_rows(read_rows(file), plan.run, methods, file)
+        for path in (file, *parts_of(file)):
+            check_rows(read_rows(path), plan.run, methods, path)
         rows = measure(plan, file, processes, progress=not args.quiet)
     if not processes.first:
         return 0

@@ -31,40 +31,46 @@ def conditions(run: Row, points: Sequence[Point]) -> str:
 
 
 def table(points: Sequence[Point]) -> str:
-    """A line a method: speed, and what is kept of the plain picture of the same seed; means."""
-    rows = [
+    """A line a method: how fast it is, and what is kept of the plain picture of the same seed; means."""
+    return _markdown(
+        ["method", "U-Net, s", "speed-up", "GFLOP", "merged", "PSNR, dB", "SSIM", "error inside"],
         [
-            point.method.label,
-            f"{point.seconds:.2f}",
-            _interval(point.speedup_estimate(), 2, "x"),
-            f"{point.flops / 1e9:.0f}",
-            _EMPTY if point.merged is None else f"{point.merged:.0%}",
-            *(
-                _EMPTY if point.method.is_plain else _interval(point.estimate(figure), digits)
-                for figure, digits in _SHOWN
-            ),
-            *(
-                _EMPTY if not any(p.has(figure) for p in points) else _interval(point.estimate(figure), 3)
-                for figure in _optional(points)
-            ),
-            _EMPTY if point.right is None else " / ".join(f"{100 * point.right[name]:.1f}" for name in PROPERTIES),
-            *(_EMPTY if value is None else f"{value:.2f}" for value in (point.to_drawn, point.to_plain)),
-        ]
-        for point in points
-    ]
-    heads = [
-        "method", "U-Net, s", "speed-up", "GFLOP", "merged", "PSNR, dB", "SSIM", "MS-SSIM", "GMSD", "error inside",
-        "error outside", *(name.upper() for name in _optional(points)), "objects right, %",
-        "scene FD to drawn", "scene FD to plain",
-    ]  # fmt: skip
-    return _markdown(heads, rows)
+            [
+                point.method.label,
+                f"{point.seconds:.2f}",
+                _interval(point.speedup_estimate(), 2, "x"),
+                f"{point.flops / 1e9:.0f}",
+                _EMPTY if point.merged is None else f"{point.merged:.0%}",
+                *_fidelity(point, psnr=1, ssim=4, error_inside=4),
+            ]
+            for point in points
+        ],
+    )
 
 
-_SHOWN = (("psnr", 1), ("ssim", 4), ("ms_ssim", 4), ("gmsd", 4), ("error_inside", 4), ("error_outside", 4))
+def further_table(points: Sequence[Point]) -> str:
+    """The other figures, and those of the whole set."""
+    heads = ["method", "MS-SSIM", "GMSD", "error outside", "LPIPS", "CLIP", "objects right, %"]
+    return _markdown(
+        [*heads, "scene FD to drawn", "scene FD to plain"],
+        [
+            [
+                point.method.label,
+                *_fidelity(point, ms_ssim=4, gmsd=4, error_outside=4, lpips=4),
+                _interval(point.estimate("clip"), 2),
+                _EMPTY if point.right is None else " / ".join(f"{100 * point.right[name]:.1f}" for name in PROPERTIES),
+                *(_EMPTY if value is None else f"{value:.4g}" for value in (point.to_drawn, point.to_plain)),
+            ]
+            for point in points
+        ],
+    )
 
 
-def _optional(points: Sequence[Point]) -> list[str]:
-    return [figure for figure in ("lpips", "clip") if any(point.has(figure) for point in points)]
+def _fidelity(point: Point, **digits: int) -> list[str]:
+    """Figures to the plain picture, which the plain one has none of."""
+    if point.method.is_plain:
+        return [_EMPTY] * len(digits)
+    return [_interval(point.estimate(figure), number) for figure, number in digits.items()]
 
 
 def curves(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -124,7 +130,7 @@ def report(run: Row, points: Sequence[Point], notes: Sequence[str], curve: str |
     """Everything, as markdown."""
     if not points:
         return "No picture has been drawn by all methods yet.\n"
-    parts = [conditions(run, points), table(points)]
+    parts = [conditions(run, points), table(points), further_table(points)]
     name, found = matches(points, curve)
     if found:
         parts += [f"At the same speed: {name}, straight between its settings.", matched_table(found)]
