@@ -185,7 +185,7 @@ def motion_unet() -> UNetMotionModel:
         block_out_channels=(16, 32, 64, 64),
         motion_num_attention_heads=2,
         motion_norm_num_groups=8,
-        motion_max_seq_length=8,
+        motion_max_seq_length=32,
     )
     return UNetMotionModel.from_unet2d(unet("sd15"), adapter)
 
@@ -212,3 +212,65 @@ def structured(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     out = torch.randn(*rest, 1, 1, generator=generator).expand(shape).clone()
     out[..., h // 4 : h // 2, w // 4 : w // 2] += 1.5
     return out + 0.02 * torch.randn(shape, generator=generator)
+
+
+def original_layout(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """The weights of a Stable Diffusion 1.x pipeline under the names that single files have."""
+    resnet = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    ends = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    vae_ends = {"conv_norm_out": "norm_out", "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
+    for i in range(4):
+        for j in range(3):
+            ends[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
+            ends[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"
+            ends[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
+            ends[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
+            vae_ends[f"down_blocks.{i}.resnets.{j}"] = f"down.{i}.block.{j}"
+            vae_ends[f"up_blocks.{i}.resnets.{j}"] = f"up.{3 - i}.block.{j}"
+        ends[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
+        ends[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}"
+        vae_ends[f"down_blocks.{i}.downsamplers.0"] = f"down.{i}.downsample"
+        vae_ends[f"up_blocks.{i}.upsamplers.0"] = f"up.{3 - i}.upsample"
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+    def renamed(name: str, starts: dict[str, str]) -> str:
+        found = max((start for start in starts if name.startswith(start + ".")), key=len, default=None)
+        return name if found is None else starts[found] + name[len(found) :]
+
+    out = {}
+    for name, tensor in pipe.unet.state_dict().items():
+        new = renamed(name, ends)
+        if "resnets" in name:
+            new = ".".join(new.split(".")[: -len(name.split("resnets.")[1].split(".")) + 1]) + "."
+            new += renamed(name.split("resnets.")[1].partition(".")[2], resnet)
+        out[f"model.diffusion_model.{new}"] = tensor
+    for name, tensor in pipe.vae.state_dict().items():
+        part, _, rest = name.partition(".")
+        if part not in ("encoder", "decoder"):
+            out[f"first_stage_model.{name}"] = tensor
+            continue
+        rest = renamed(rest, vae_ends).replace("conv_shortcut", "nin_shortcut")
+        if rest.startswith("mid_block.attentions.0."):
+            rest = "mid.attn_1." + renamed(rest.removeprefix("mid_block.attentions.0."), attention)
+            tensor = tensor[..., None, None] if tensor.ndim == 2 else tensor
+        out[f"first_stage_model.{part}.{rest}"] = tensor
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        name = name if name.startswith("text_model.") else f"text_model.{name}"
+        out[f"cond_stage_model.transformer.{name}"] = tensor
+    return {name: tensor.contiguous() for name, tensor in out.items()}

@@ -211,3 +211,54 @@ def test_own_attention_declines_layers_that_are_not_plain() -> None:
         setattr(special, name, value)
         assert own_attention(special, merged, pairing.log_size) is None
     assert own_attention(nn.Linear(16, 16), merged, pairing.log_size) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_rows_attended_apart_get_their_own_sizes(form: Form) -> None:
+    """As guidance by perturbed attention and reference attention do: some rows in a call of their own."""
+    x, pairing = duplicates()
+    q, y = torch.randn(2, 1, 5, 16), pairing.merge(x)[:, None]
+    exact = F.scaled_dot_product_attention(q, x[:, None], x[:, None])
+    with proportional_attention(pairing.log_size, form) as mode:
+        for _ in range(2):  # a second layer call starts over
+            parts = [F.scaled_dot_product_attention(q[i : i + 1], y[i : i + 1], y[i : i + 1]) for i in range(2)]
+            torch.testing.assert_close(torch.cat(parts), exact, atol=1e-5, rtol=1e-5)
+    assert mode.used
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("own", ["whole", "rows"])
+def test_keys_after_the_merged_ones_count_once(form: Form, own: str) -> None:
+    x, pairing = duplicates()
+    more, q, y = torch.randn(2, 7, 16), torch.randn(2, 1, 5, 16), pairing.merge(x)
+    exact = F.scaled_dot_product_attention(q, *(torch.cat([x, more], 1)[:, None],) * 2)
+    with proportional_attention(pairing.log_size, form, tokens=y) as mode:
+        if own == "whole":
+            keys = torch.cat([y, more], dim=1)[:, None]
+            found = F.scaled_dot_product_attention(q, keys, keys)
+        else:
+            keys_of = [torch.cat([y[i:][:1], more[i:][:1]], 1)[:, None] for i in range(2)]
+            found = torch.cat([F.scaled_dot_product_attention(q[i:][:1], k, k) for i, k in enumerate(keys_of)])
+    assert mode.used
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_that_the_merged_ones_come_after_are_left_alone() -> None:
+    x, pairing = duplicates()
+    more, q, y = torch.randn(2, 7, 16), torch.randn(2, 5, 16), pairing.merge(x)
+    with proportional_attention(pairing.log_size, tokens=y) as mode:
+        for parts, dim in (([more, y], 1), ([y.clone(), more], 1)):
+            keys = torch.cat(parts, dim)
+            assert torch.equal(
+                F.scaled_dot_product_attention(q, keys, keys), F.scaled_dot_product_attention(q, keys.clone(), keys)
+            )
+    assert not mode.used
+
+
+def test_own_attention_does_not_stand_in_for_a_processor_of_another_kind(unet: nn.Module) -> None:
+    attention = next(m for m in unet.modules() if hasattr(m, "attn1")).attn1
+    x = torch.randn(1, 9, attention.to_q.in_features)
+    with torch.no_grad():
+        assert own_attention(attention, x, torch.zeros(1, 9)) is not None
+        attention.set_processor(type("Perturbed", (), {"__call__": lambda *args, **kwargs: x})())
+        assert own_attention(attention, x, torch.zeros(1, 9)) is None

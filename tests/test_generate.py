@@ -72,7 +72,10 @@ def test_the_embedded_model_plain_and_merged_and_again_from_the_picture(
 
 def test_several_prompts_in_batches_are_the_pictures_that_they_are_alone(tmp_path: Path) -> None:
     prompts = [PROMPT, "a small blue cross in the middle on striped teal"]
-    assert main(["generate", *prompts, "--count", "2", "--batch", "3", "--out", str(tmp_path), *QUICK]) == 0
+    assert (
+        main(["generate", *prompts, "--count", "2", "--batch", "3", "--out", str(tmp_path), "--size", "64", *QUICK])
+        == 0
+    )
     assert [name for name in made(tmp_path) if name.endswith(".png")] == [f"000{i}-seed{i}.png" for i in range(4)]
     again = tmp_path / "again"
     assert main(["generate", "--from-png", str(tmp_path / "0003-seed3.png"), "--out", str(again), "--quiet"]) == 0
@@ -163,29 +166,20 @@ def test_a_model_of_a_pipeline_is_a_model(folder: Path) -> None:
     torch.testing.assert_close(torch.cat(alone), both, rtol=1e-3, atol=1e-3)
 
 
-def test_a_single_file_is_read_with_a_configuration_that_is_at_hand(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which class reads it, and how; diffusers' own reading of such files is not tested here."""
-    asked: dict[str, Any] = {}
-
-    def read(cls: Any, path: str, **options: Any) -> Any:
-        asked.update(kind=cls.__name__, path=path, **options)
-        return pipelines.sd()
-
-    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", classmethod(read))
-    path = tmp_path / "model.safetensors"
-    save_file({"cond_stage_model.x": torch.zeros(1), "model.diffusion_model.input_blocks.0": torch.zeros(1)}, path)
-    assert open_model(str(path), config=str(folder), dtype="bf16").name == str(path)
-    assert asked == {
-        "kind": "StableDiffusionPipeline",
-        "path": str(path),
-        "config": str(folder),
-        "local_files_only": True,
-        "torch_dtype": torch.bfloat16,
-    }
-    torch.save({"state_dict": {"cond_stage_model.x": torch.zeros(1)}}, tmp_path / "model.ckpt")
-    assert open_model(str(tmp_path / "model.ckpt"), config=str(folder), allow_pickle=True)
+def test_a_single_file_is_read_with_a_configuration_that_is_at_hand(folder: Path, tmp_path: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in pipelines.original_layout(pipelines.sd()).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "model.ckpt")
+    for name in ("model.safetensors", "model.ckpt"):
+        model: Any = open_model(str(tmp_path / name), config=str(folder), allow_pickle=name.endswith("ckpt"))
+        for part in ("unet", "vae", "text_encoder"):
+            expected = getattr(pipelines.sd(), part).state_dict()
+            found = getattr(model.pipe, part).state_dict()
+            assert set(found) == set(expected)
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+    options = ["--model", str(tmp_path / "model.safetensors"), "--model-config", str(folder), "--size", "64"]
+    assert main(["generate", "a b", *options, "--dtype", "bf16", "--out", str(tmp_path), *QUICK]) == 0
+    assert read_png(tmp_path / "0000-seed0.png").dtype == "bf16"
 
 
 def wrong_files(path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pipelines
 import pytest
 import torch
 from PIL import Image
@@ -125,6 +126,33 @@ def test_the_embedded_model_from_the_command_line(tmp_path: Path, capsys: pytest
     assert profile.min_tokens == 0
     draw = ["generate", PROMPT, "--profile", str(tmp_path / "profile.json"), "--steps", "3", "--size", "64", "--quiet"]
     assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
+
+
+def test_a_pipelines_own_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipelines.sd().save_pretrained(tmp_path / "model")
+    options = [
+        "--model",
+        str(tmp_path / "model"),
+        "--scheduler",
+        "--size",
+        "64",
+        "--steps",
+        "3",
+        "--set",
+        "min_tokens=0",
+    ]
+    assert main(["inspect", "a b", *options, "--quiet", "--out", str(tmp_path)]) == 0
+    assert "5 merged layers, 3 model calls" in capsys.readouterr().out
+
+
+def test_a_video_is_looked_at_by_its_pipeline() -> None:
+    pipe = pipelines.animate()
+    given = {"num_inference_steps": 2, "num_frames": 2, "height": 64, "width": 64, "output_type": "latent"}
+    with probing(pipe, CONFIG) as probe:
+        for _ in range(2):  # a second run is a fresh one
+            pipe("a b", **given)
+            assert len(probe.calls) == 2
+            assert all(len(call.layers) == 5 for call in probe.calls)
 
 
 def test_what_merges_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

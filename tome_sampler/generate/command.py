@@ -38,10 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--count", type=int, help="pictures of each prompt (default 1)")
     parser.add_argument("--batch", type=int, default=1, help="pictures sampled at once (default %(default)s)")
-    parser.add_argument(
-        "--scheduler", nargs="?", const="", metavar="CLASS",
-        help="the pipeline's own loop, with its own scheduler or a class of diffusers such as DDIMScheduler",
-    )  # fmt: skip
     parser.add_argument("--image", metavar="FILE", help="start from this picture, scaled to the size")
     parser.add_argument("--strength", type=float, help="how much of --image may change, 0 to 1 (default 0.6)")
     add_merging_arguments(parser)
@@ -67,6 +63,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="SIDE|HxW", help="pixels (default: the model's)")
     parser.add_argument("--steps", type=int, help="sampling steps, at least 2 (default: the model's, 20)")
     parser.add_argument("--sampler", help="a k-diffusion sampler's name (default: the model's, dpmpp_2m)")
+    parser.add_argument(
+        "--scheduler", nargs="?", const="", metavar="CLASS",
+        help="the pipeline's own loop, with its own scheduler or a class of diffusers such as DDIMScheduler",
+    )  # fmt: skip
     parser.add_argument("--cond-scale", type=float, help="guidance scale; 1 is none (default: the model's)")
     parser.add_argument("--seed", type=int, help="of the first picture; each next one has the next (default 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default %(default)s)")

@@ -373,22 +373,40 @@ def apply_patch(
     if not isinstance(config, MergeConfig):
         raise ValueError(f"config is {config!r}; it must be a MergeConfig, such as MergeConfig.preset('fast')")
     told = None if branches is None else tuple(branches)
-    if not is_pipeline(model):
-        session = MergeSession(config, sigmas)
-        _attach(root, session, partial(_call_of, told))
-        return session
-    require_known(model, root)
-    session = MergeSession(config, sigmas, restarts=True)  # a pipeline's runs are told apart by its timesteps
-    calls = PipelineCalls(model, session, told, sigmas)
-    _attach(root, session, partial(_call_in_pipeline, calls), observe=calls.observe)
+    # a pipeline's runs are told apart by its timesteps
+    session = MergeSession(config, sigmas, restarts=is_pipeline(model))
+    describe, observe = _told_by(model, root, session, told, sigmas)
+    _attach(root, session, describe, observe=observe)
     return session
 
 
-def _call_in_pipeline(
-    calls: PipelineCalls, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ModelCall | None:
-    x, time = _latent_and_time(args, kwargs)
-    return calls.call(root, x, time, kwargs) if isinstance(x, Tensor) and x.ndim in (4, 5) else None
+def _told_by(
+    model: Any, root: nn.Module, session: MergeSession, branches: tuple[str, ...] | None, sigmas: Sequence[float] | None
+) -> tuple[Describe, Observe | None]:
+    """Who says what a model's calls are: a pipeline, or the call itself."""
+    if not is_pipeline(model):
+        return partial(_call_of, branches), None
+    require_known(model, root)
+    calls = PipelineCalls(model, session, branches, sigmas)
+
+    def describe(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:
+        x, time = _latent_and_time(args, kwargs)
+        return calls.call(root, x, time, kwargs) if isinstance(x, Tensor) and x.ndim in (4, 5) else None
+
+    return describe, calls.observe
+
+
+@contextmanager
+def attached(model: Any, session: MergeSession) -> Iterator[None]:
+    """Within it, a session that the caller has made works on a model or a pipeline. Errors are as of
+    :func:`apply_patch`."""
+    root = _root_of(model)
+    describe, observe = _told_by(model, root, session, None, None)
+    attachment = _attach(root, session, describe, observe=observe)
+    try:
+        yield
+    finally:
+        _remove(root, attachment)
 
 
 def attach(

@@ -62,12 +62,13 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         sampler=args.sampler,
         cond_scale=args.cond_scale,
+        scheduler=args.scheduler,
     )
     _, settings = with_defaults(asked, model)
     tune = (args.share, args.loss) if args.tune else None
     text = inspect(
         model, args.prompt, args.seed or 0, settings, config, args.out,
-        negative=args.negative or "", tune=tune, progress=not args.quiet,
+        negative=args.negative or "", scheduler=args.scheduler, tune=tune, progress=not args.quiet,
     )  # fmt: skip
     print(text)
     return 0

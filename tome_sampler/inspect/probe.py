@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from tome_sampler.config import MergeConfig
-from tome_sampler.hosts.modules import attach
+from tome_sampler.hosts.modules import attached
 from tome_sampler.matching import global_match, grid_dst
 from tome_sampler.pairing import Pairing
 from tome_sampler.refresh import Always
@@ -49,14 +49,17 @@ class Watched:
 
 
 class Probe(MergeSession):
-    """Pairs are made anew in each call and not used: the run stays plain. ``calls`` holds what was seen."""
+    """Pairs are made anew in each call and not used: the run stays plain. ``calls`` holds what was seen in it."""
 
     def __init__(self, config: MergeConfig, sigmas: list[float] | None = None) -> None:
+        config = config.with_(refresh=Always(), share_layers=False, start=0.0, end=1.0, prune_until=0.0)
+        super().__init__(config, sigmas, restarts=True)
+
+    def reset(self, sigmas: Sequence[float] | None = None) -> None:
+        super().reset(sigmas)
         self.calls: list[Watched] = []
         self._targets: dict[str, Tensor] = {}  # of the call before
         self._samples: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        config = config.with_(refresh=Always(), share_layers=False, start=0.0, end=1.0, prune_until=0.0)
-        super().__init__(config, sigmas)
 
     def begin(self, call: ModelCall) -> None:
         if call.sigma is not None:
@@ -112,15 +115,9 @@ def _similarity(metric: Tensor, token: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def probing(root: nn.Module, config: MergeConfig, sigmas: list[float]) -> Iterator[Probe]:
-    """Within it, a model runs as it is, and the probe looks. A :class:`tome_sampler.CFGDenoiser` tells it of calls."""
-
-    def failed(error: Exception) -> Any:
-        raise error
-
+def probing(model: Any, config: MergeConfig, sigmas: list[float] | None = None) -> Iterator[Probe]:
+    """Within it, a model or a diffusers pipeline runs as it is, and the probe looks. Pipelines tell it of their calls,
+    and a :class:`tome_sampler.CFGDenoiser` does; after a pipeline's second run it holds what was seen in that."""
     probe = Probe(config, sigmas)
-    remove = attach(root, probe, lambda module, args, kwargs: None, failed)
-    try:
+    with attached(model, probe):
         yield probe
-    finally:
-        remove()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import tome_sampler
 from tome_sampler.config import MergeConfig
 from tome_sampler.demo.report import fidelity
 from tome_sampler.inspect import plots
-from tome_sampler.inspect.probe import BINS, Probe, probing
+from tome_sampler.inspect.probe import BINS, Probe, Watched, probing
 from tome_sampler.inspect.tune import Proposal, propose
 from tome_sampler.models import Model
+from tome_sampler.models.own_loop import sample_in_pipeline
+from tome_sampler.models.pipeline import PipelineModel
 from tome_sampler.models.run import Sampled, Settings, sample
 from tome_sampler.pairing import Pairing
 from tome_sampler.profiles import write_profile
@@ -40,24 +42,30 @@ def inspect(
     out: Path,
     *,
     negative: str = "",
+    scheduler: str | None = None,
     tune: tuple[float, float] | None = None,
     progress: bool = True,
 ) -> str:
     """Write inspect.json and pictures into the folder `out`; returns the text to show.
 
     Args:
+        scheduler: None: by k-diffusion's sampler; else by the pipeline's own loop, see ``generate``.
         tune: the share of the tokens that is to be merged and the similarity that reuse may lose: propose settings, run
             them, and write profile.json too.
 
     Raises:
         ValueError: nothing of the model is merged with this configuration.
     """
-    held: dict[str, Probe] = {}
+    calls: list[Watched] = []
 
-    def under_probe(levels: list[float]) -> AbstractContextManager[Probe]:
-        opened = probing(model.module, config, levels)
-        return _kept(opened, held)
+    @contextmanager
+    def under_probe(levels: list[float] | None = None) -> Iterator[Probe]:
+        with probing(model.module if levels else getattr(model, "pipe", model), config, levels) as probe:
+            yield probe
+            calls.extend(probe.calls)
+            notes.extend(probe.stats.notes)
 
+    notes: list[str] = []
     runs = 2 + (tune is not None)
     with tqdm(total=runs * settings.steps, desc="sampling", unit="step", disable=not progress) as bar:
 
@@ -67,13 +75,15 @@ def inspect(
                 if look is not None:
                     look(step, session)
 
-            return sample(model, [prompt], [seed], settings, merging, negative=negative, on_step=on_step)
+            common: dict[str, Any] = {"negative": negative, "on_step": on_step}
+            if scheduler is not None and isinstance(model, PipelineModel):
+                return sample_in_pipeline(model, [prompt], [seed], settings, merging, scheduler=scheduler, **common)
+            return sample(model, [prompt], [seed], settings, merging, **common)
 
         plain = run(under_probe)
-        calls = held["probe"].calls
         if not any(call.layers for call in calls):
-            notes = "; ".join(held["probe"].stats.notes) or "no layer is on a merged level"
-            raise ValueError(f"nothing of {model.name} is merged with these settings: {notes}")
+            why = "; ".join(notes) or "no layer is on a merged level"
+            raise ValueError(f"nothing of {model.name} is merged with these settings: {why}")
         maps: Seen = []
         merged = run(config, lambda step, session: _look(step, session, settings.steps, maps))
         found = tuned = None
@@ -108,20 +118,6 @@ def inspect(
         lines += [_outcome_line("proposed", tuned, picture), _proposal_line(found), f"profile: {out / 'profile.json'}"]
     (out / "inspect.json").write_text(json.dumps(data) + "\n")
     return "\n".join([_summary(calls), *lines, f"in {out}"])
-
-
-def _kept(opened: AbstractContextManager[Probe], held: dict[str, Probe]) -> AbstractContextManager[Probe]:
-    """The same, and whoever comes out of it is kept."""
-
-    class Kept(AbstractContextManager[Probe]):
-        def __enter__(self) -> Probe:
-            held["probe"] = opened.__enter__()
-            return held["probe"]
-
-        def __exit__(self, *error: Any) -> None:
-            opened.__exit__(*error)
-
-    return Kept()
 
 
 def _look(step: int, session: MergeSession | None, steps: int, maps: Seen) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def sample_in_pipeline(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: Settings,
-    config: MergeConfig | None = None,
+    merging: MergeConfig | Callable[[], AbstractContextManager[MergeSession]] | None = None,
     *,
     scheduler: str = "",
     negative: str = "",
@@ -33,6 +34,7 @@ def sample_in_pipeline(
     """As :func:`tome_sampler.models.run.sample`, through ``pipe(...)``; the settings' sampler is not used.
 
     Args:
+        merging: a configuration, or what puts a session on the pipeline; None: plain.
         scheduler: the name of a class of diffusers, such as "DDIMScheduler"; empty: the pipeline's own.
 
     Raises:
@@ -53,6 +55,8 @@ def sample_in_pipeline(
         options = {"height": settings.size[0], "width": settings.size[1]}
     if "PixArt" in type(pipe).__name__:
         options["use_resolution_binning"] = False  # the size that was asked for
+    if isinstance(merging, MergeConfig):
+        merging = partial(tome_sampler.merging, pipe, merging)
     calls = [0]
 
     def called(module: Any, args: Any, output: Any) -> None:
@@ -63,7 +67,7 @@ def sample_in_pipeline(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with (
         _scheduler(pipe, scheduler),
-        nullcontext() if config is None else tome_sampler.merging(pipe, config) as session,
+        nullcontext() if merging is None else merging() as session,
         torch.random.fork_rng(devices=[]),
         model.module.register_forward_hook(called),
     ):
