@@ -217,6 +217,29 @@ def test_what_is_no_checkpoint_is_said_in_a_line(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_not_here_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **options: Any) -> None:
+        raise OSError(f"no network for {name}\nwith a page\nof advice")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", fail)
+    expected = "some/model is no file or folder here, and from the hub it cannot be read: no network for some/model"
+    with pytest.raises(ValueError, match=f"{expected}$"):
+        open_model("some/model")
+
+
+def test_pipelines_of_other_kinds_are_said_to_be() -> None:
+    pipe: Any = pipelines.animate()
+    with pytest.raises(ValueError, match="videos are sampled by the pipeline itself"):
+        PipelineModel(pipe, "it")
+    inpainting = type(pipelines.sd())(
+        **{**pipelines.sd().components, "unet": pipelines.unet("sd15", in_channels=9)}, requires_safety_checker=False
+    )
+    with pytest.raises(ValueError, match="it is for inpainting or editing"):
+        PipelineModel(inpainting, "it")
+    with pytest.raises(ValueError, match=r"it is a .*, which draws no pictures of prompts"):
+        PipelineModel(diffusers.DDPMPipeline(pipe.unet, pipe.scheduler), "it")
+
+
 def test_a_folder_with_pickled_weights_needs_the_flag(folder: Path, tmp_path: Path) -> None:
     pipelines.sd().save_pretrained(tmp_path / "pickled", safe_serialization=False)
     for part in (tmp_path / "pickled").rglob("*.safetensors"):  # transformers writes nothing else any more
@@ -247,6 +270,7 @@ def test_a_folder_with_pickled_weights_needs_the_flag(folder: Path, tmp_path: Pa
         ([PROMPT, "--count", "0"], "at least 1"),
         ([PROMPT, "--batch", "0"], "at least 1"),
         ([PROMPT, "--dtype", "fp16"], "runs in 'fp32'"),
+        ([PROMPT, "--device", "abacus"], "device is 'abacus'"),
     ],
 )
 def test_mistakes_are_said_in_a_line(

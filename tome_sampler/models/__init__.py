@@ -87,6 +87,10 @@ def open_model(
     Raises:
         ValueError: there is no such model, it cannot be read, or it is of another kind.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        raise ValueError(f"device is {device!r}: {str(error).partition(chr(10))[0]}") from None
     if source in (None, "embedded"):
         if dtype != "fp32":
             raise ValueError(f"dtype is {dtype!r}; the embedded model runs in 'fp32'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def load_pipeline(
     except ImportError as error:
         raise ImportError(f"checkpoints need {error.name}: pip install 'tome-sampler[generate]'") from None
     path = Path(source).expanduser()
+    where = source if path.exists() else f"{source} is no file or folder here, and from the hub it"
     options: dict[str, Any] = {"torch_dtype": dtype}
     try:
         if path.is_file():
@@ -76,14 +78,14 @@ def load_pipeline(
     except ValueError as error:
         raise ValueError(_first_line(error)) from error
     except Exception as error:  # diffusers and the hub raise all sorts of them, with pages of advice
-        raise ValueError(f"{source} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{where} cannot be read: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     _check_device(pipe, device)
     return pipe.to(device)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return textwrap.shorten(str(error).strip().partition("\n")[0], 300) or type(error).__name__
 
 
 def _check_device(pipe: Any, device: str) -> None:
