@@ -226,7 +226,8 @@ def test_two_processes_give_the_numbers_of_one(written: Path, prompt_file: Path,
     pytest.importorskip("accelerate")
     file = tmp_path / "rows.jsonl"
     whole = (written / "rows.jsonl").read_text().splitlines(keepends=True)
-    part_of(file, 1).write_text("".join(whole[10:13]))  # of a launch that was stopped
+    part_of(file, 1).write_text("".join(whole[10:12]))  # of a launch of more processes that was stopped
+    part_of(file, 3).write_text(whole[12] + whole[13][:80])
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tome_sampler"]
     run = subprocess.run(
@@ -414,7 +415,7 @@ def test_metrics_of_equal_and_of_different_pictures() -> None:
     assert noisy.error_inside > 0.03
     assert noisy.error_outside == 0
     blurred = metrics.compare(torch.nn.functional.avg_pool2d(picture[None], 5, 1, 2)[0], picture, None)
-    assert blurred.gmsd > noisy.gmsd > 0
+    assert blurred.gmsd > 0.03
     assert blurred.error_inside is None
     assert (blurred.ms_ssim or 1) < 1
 

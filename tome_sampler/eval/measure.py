@@ -76,31 +76,32 @@ def measure(plan: Plan, file: Path, processes: Processes, *, progress: bool = Tr
     Raises:
         OSError: a row could not be written; those before it are in the file.
     """
-    own = file if processes.count == 1 else part_of(file, processes.number)
-    known = read_rows(file) if own == file else [*(read_rows(file) if processes.first else ()), *read_rows(own)]
-    if own == file and processes.first:
-        for stale in parts_of(file):  # of a launch that was stopped
-            known += read_rows(stale)
-    rows = {key_of(row): row for row in processes.gather(known)}
-    if own.exists():  # without a torn line, and without rows that are elsewhere too
-        write_rows(own, list({key_of(row): row for row in known}.values()))
+    alone = processes.count == 1
+    parts = [part_of(file, number) for number in range(processes.count)]
+    own = file if alone else parts[processes.number]
+    sources = [own]
+    if processes.first:  # also what a launch of more processes has left, if it was stopped
+        sources += [path for path in (file, *parts_of(file)) if path != own and (alone or path not in parts)]
+    known = {key_of(row): row for path in sources for row in read_rows(path)}
+    if own.exists():  # without a torn line
+        write_rows(own, list(known.values()))
+    rows = {key_of(row): row for row in processes.gather(list(known.values()))}
     mine = [group for group in processes.share(plan.groups) if _missing(plan, group, rows)]
     if mine:
         for row in _drawn(plan, mine, rows, own, progress and processes.first):
             rows[key_of(row)] = row
-    found = processes.gather(list(rows.values()))
-    everything = list({key_of(row): row for row in found}.values())
-    others = {key for case in plan.cases for method in plan.methods for key in plan.keys(method, [case])}
-    kept = [row for row in everything if key_of(row) not in others]
+    everything = {key_of(row): row for row in processes.gather(list(rows.values()))}
+    asked = plan.ordered(list(everything.values()))
     if processes.first:
-        write_rows(file, [*plan.ordered(everything), *kept])
+        further = [everything[key] for key in everything.keys() - {key_of(row) for row in asked}]
+        write_rows(file, [*asked, *sorted(further, key=key_of)])
     processes.wait()
     if processes.first:
         for part in parts_of(file):
             part.unlink()
     if own != file:
         own.unlink(missing_ok=True)
-    return plan.ordered(everything)
+    return asked
 
 
 def part_of(file: Path, number: int) -> Path:
@@ -163,7 +164,7 @@ def _flops(plan: Plan, method: Method) -> float:
 
 def _row(plan: Plan, method: Method, case: Case, drawn: Drawn, plain: Drawn, place: int) -> Row:
     picture, reference = drawn.pictures[place], plain.pictures[place]
-    scene = scene_of(case.prompt)
+    scene = scene_of(case.prompt) if plan.model.name == "embedded" else None
     inside = None if scene is None else named_objects(scene, plan.settings.size)
     row: Row = {
         "method": method.name,
