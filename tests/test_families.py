@@ -9,7 +9,7 @@ from typing import Any
 import pipelines
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, PixArtSigmaPipeline, SD3Transformer2DModel
 from test_hooks import same, trace
 from torch import Tensor
 
@@ -135,6 +135,31 @@ def test_sdxl_begins_at_downsample_2_and_its_next_level_is_deeper() -> None:
         layers = session.stats.to_dict()["layers"]
     before = [layer["tokens_before"] // (3 * 2) for layer in layers.values()]
     assert {n: before.count(n) for n in set(before)} == {64: 10, 16: 60}  # 4 + 6, 20 + 10 + 30
+
+
+def test_sdxl_that_ends_early_is_a_run_of_its_own() -> None:
+    """As before a refiner: fractions are of the part that is run."""
+    pipe = pipelines.sdxl()
+    given = {"num_inference_steps": 8, "height": 64, "width": 64, "output_type": "latent"}
+    with merging(pipe, FIXED.with_(end=0.5)) as session:
+        pipe("a", denoising_end=0.5, **given)
+        merged = [step["merged_fraction"] for step in session.stats.to_dict()["steps"]]
+    assert merged == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_pixart_sigma_is_merged_as_alpha_is() -> None:
+    components = pipelines.pixart().components
+    pipe = PixArtSigmaPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = []
+    for kind in (pipelines.pixart(), pipe):
+        with merging(kind, FIXED) as session:
+            options = {"use_resolution_binning": False, "output_type": "latent", "height": 128, "width": 128}
+            latents = pipelines.structured((1, 4, 16, 16))
+            drawn.append(kind(latents=latents, num_inference_steps=2, **text(slice(0, 1)), **options).images)
+            assert len(session.stats.to_dict()["layers"]) == 14
+            assert session.importance is not None
+    assert torch.equal(*drawn)
 
 
 def test_pixart_merges_blocks_7_to_20_by_features_and_by_place() -> None:

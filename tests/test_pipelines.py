@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import pipelines
 import pytest
 import torch
@@ -27,9 +28,18 @@ from torch import Tensor, nn
 
 from tome_sampler import MergeConfig, MergeSession, ModelCall, apply_patch, merging, remove_patch
 from tome_sampler.hosts import modules as hosts
+from tome_sampler.hosts.pipelines import _NoiseLevels
 
 FIXED = MergeConfig(min_tokens=0, threshold=None)
 SIDE = 128  # pixels: 16 x 16 tokens at the finest attention
+
+
+SMALL: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "layers_per_block": 1,
+}
 
 
 @pytest.fixture
@@ -246,6 +256,43 @@ def test_a_second_order_scheduler_calls_twice_a_step(pipe: StableDiffusionPipeli
     assert set(merged) == {0.0, 0.5}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "TCD", "LCM"),
+        *("DPMSolverSinglestep", "DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete", "UniPCMultistep"),
+        *("DEISMultistep", "EDMEuler"),
+    ],
+)
+def test_every_scheduler_says_where_the_run_is(name: str, pipe: StableDiffusionPipeline) -> None:
+    kind = getattr(diffusers, f"{name}Scheduler")
+    scheduler = kind() if name == "EDMEuler" else kind.from_config({**pipe.scheduler.config, "skip_prk_steps": True})
+    small = like(pipe, StableDiffusionPipeline, unet=pipelines.unet("sd15", **SMALL), scheduler=scheduler)
+    with merging(small, FIXED.with_(end=0.5)) as session:
+        draw(small, steps=6, latents=torch.randn(1, 4, 8, 8), height=64, width=64)
+        steps = session.stats.to_dict()["steps"]
+    sigmas, merged = [step["sigma"] for step in steps], [step["merged_fraction"] for step in steps]
+    in_between = ("DPMSolverSDE", "KDPM2Discrete", "KDPM2AncestralDiscrete")  # these look back up
+    assert sigmas == sorted(sigmas, reverse=True) or name in in_between
+    assert len(set(sigmas)) >= 6
+    assert sigmas[0] > 3 * sigmas[-1]
+    assert merged == sorted(merged, reverse=True)
+    assert merged.count(0.5) == pytest.approx(len(merged) / 2, abs=1)
+
+
+def test_noise_levels_of_flows_are_those_of_diffusion() -> None:
+    """A flow's sigma is the share of the noise: as noise over signal it is s / (1 - s)."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    levels = _NoiseLevels(scheduler)
+    for t, s in zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
+        assert levels.sigma(t) == pytest.approx(min(s / max(1 - s, 1e-8), 1e8), rel=1e-5)
+    schedule = levels.schedule(float(scheduler.timesteps[1]), None)
+    assert schedule is not None
+    assert len(schedule) == 4
+    assert schedule == sorted(schedule, reverse=True)
+
+
 @pytest.mark.parametrize("slices", ["auto", 1, "max"])
 def test_attention_slicing_changes_nothing(pipe: StableDiffusionPipeline, slices: Any) -> None:
     config = MergeConfig(min_tokens=0, threshold=0.8, floor=0.1)
@@ -336,14 +383,6 @@ def test_ip_adapter(pipe: StableDiffusionPipeline, modules: tuple[str, ...]) -> 
             cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, SIDE, SIDE)]},
         )
     assert torch.isfinite(masked).all()
-
-
-SMALL: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-    "layers_per_block": 1,
-}
 
 
 @pytest.fixture
