@@ -166,6 +166,15 @@ def test_a_model_of_a_pipeline_is_a_model(folder: Path) -> None:
     torch.testing.assert_close(torch.cat(alone), both, rtol=1e-3, atol=1e-3)
 
 
+def test_a_vae_that_overflows_in_fp16_runs_in_fp32() -> None:
+    parts = {**pipelines.sd().components, "vae": pipelines.vae().half(), "unet": pipelines.unet("sd15").half()}
+    model = PipelineModel(type(pipelines.sd())(**parts, requires_safety_checker=False), "it")
+    assert model.pictures(torch.randn(1, 4, 8, 8)).dtype == torch.float32
+    assert model.pipe.vae.dtype == torch.float32
+    assert model.latents(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+    assert model.module.dtype == torch.float16
+
+
 def test_a_single_file_is_read_with_a_configuration_that_is_at_hand(folder: Path, tmp_path: Path) -> None:
     weights = {name: tensor.clone() for name, tensor in pipelines.original_layout(pipelines.sd()).items()}
     save_file(weights, tmp_path / "model.safetensors")

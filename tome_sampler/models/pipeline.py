@@ -94,18 +94,23 @@ class PipelineModel(Model):
         return int(config.in_channels), size[0] // self._scale, size[1] // self._scale
 
     def pictures(self, latents: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        vae, scale, shift = self._vae()
         with torch.no_grad():  # one at a time: decoding takes more memory than sampling
             parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(1)]
         return torch.cat(parts).float().cpu().clamp(-1, 1)
 
     def latents(self, pictures: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        vae, scale, shift = self._vae()
         with torch.no_grad():
             found: Tensor = vae.encode(pictures.to(self._device(), vae.dtype)).latent_dist.mode()
         return found.sub(shift).mul(scale).float()
+
+    def _vae(self) -> tuple[Any, float, float]:
+        """The VAE, and what latents are scaled and shifted by. In fp16 some overflow: these run in fp32."""
+        vae = self.pipe.vae
+        if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+            vae.to(torch.float32)
+        return vae, vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
 
     def _sizes(self, size: tuple[int, int], rows: int) -> dict[str, Any]:
         """PixArt-alpha at 1024 pixels is told of the picture's size."""
