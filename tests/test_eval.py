@@ -31,7 +31,7 @@ from tome_sampler.eval.measure import part_of
 from tome_sampler.eval.methods import read_methods
 from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.prompts import NEXT_SEED, cases, held_out_captions, read_prompts, scene_of
-from tome_sampler.eval.report import curves, matched_table, matches, table
+from tome_sampler.eval.report import curves, differences, matched_table, matches, table
 from tome_sampler.eval.summary import Estimate, estimate, match, points
 from tome_sampler.eval.weights import clip_score, inception_distances, lpips
 
@@ -275,6 +275,7 @@ def test_an_empty_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--reference", "x"], "--reference needs --inception"),
         (["--lpips", "/no/weights"], "--lpips is /no/weights, which does not exist"),
         (["--clip", "/no/weights"], "--clip is /no/weights, which does not exist"),
+        (["--against", "slow"], "against is 'slow'; it must be one of the methods, tomesd:ratio=0.5"),
         (["--matched", "slow"], "matched is 'slow'; it must be one of"),
     ],
 )
@@ -560,6 +561,9 @@ def test_curves_are_compared_at_the_same_speed() -> None:
     assert "no setting of ours is as fast" in matched_table(pairs)
     assert match(curves(found)["fast"], found[1]) is not None
     assert table(found).count("\n") == 8
+    less = differences(found, "fast")
+    assert "| tomesd:ratio=0.5 | 2.00x | 50% | -4.0 [" in less
+    assert "| fast |" not in less
 
 
 def test_only_pictures_that_all_methods_have_count() -> None:

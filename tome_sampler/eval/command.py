@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which settings of ours are compared with others at their speed, such as default:threshold=None "
         "(default: those that differ in their ratio alone and are the most)",
     )
+    out.add_argument(
+        "--against", metavar="METHOD", help="also all methods' figures less this one's"
+    )
     real = parser.add_argument_group("for real checkpoints: weights that you have; nothing is downloaded")
     real.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's AlexNet weights: LPIPS (torchmetrics)")
     real.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model's folder: CLIP score (transformers)")

@@ -38,6 +38,9 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.matched is not None and args.matched not in ours:
         known = ", ".join(dict.fromkeys(ours)) or "a curve of our presets, of which none is asked for"
         raise ValueError(f"matched is {args.matched!r}; it must be one of {known}")
+    labels = [method.label for method in methods if not method.is_plain]
+    if args.against is not None and args.against not in labels:
+        raise ValueError(f"against is {args.against!r}; it must be one of the methods, {', '.join(labels)}")
     prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
     pyplot: Any = plotter() if args.plot else None
     torch.set_num_threads(args.threads)
@@ -96,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> int:
     found = points(methods, rows)
     if distances is not None:
         notes.append(distances(plan, args.reference))
-    text = report(plan.run, found, notes, args.matched)
+    text = report(plan.run, found, notes, args.matched, args.against)
     print(text, end="")
     if args.markdown:
         write_whole(args.markdown, text.encode())

@@ -10,7 +10,7 @@ import torch
 from tome_sampler.config import PRESETS
 from tome_sampler.eval.methods import PEERS
 from tome_sampler.eval.rows import Row
-from tome_sampler.eval.summary import PROPERTIES, Estimate, Match, Point, match
+from tome_sampler.eval.summary import PROPERTIES, Estimate, Match, Point, estimate, match
 
 PAPERS = ("tomesd", "ca_tome", "importance")
 OURS = tuple(name for name in PRESETS if name not in PAPERS)
@@ -126,7 +126,27 @@ def _interval(estimate: Estimate | None, digits: int, unit: str = "", *, sign: b
     return f"{text} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def report(run: Row, points: Sequence[Point], notes: Sequence[str], curve: str | None) -> str:
+def differences(points: Sequence[Point], against: str) -> str:
+    """Every method's figures less those of one of them, which is known by its label."""
+    other = next(point for point in points if point.method.label == against)
+    rows = []
+    for point in points:
+        if point is other or point.method.is_plain:
+            continue
+        row = [point.method.label, f"{point.speedup:.2f}x", _EMPTY if point.merged is None else f"{point.merged:.0%}"]
+        for figure, digits in (("psnr", 1), ("ssim", 4), ("gmsd", 4), ("error_inside", 4), ("error_outside", 4)):
+            both = point.has(figure) and other.has(figure)
+            less = estimate(point.columns[figure] - other.columns[figure]) if both else None
+            row.append(_interval(less, digits, sign=True))
+        rows.append(row)
+    return _markdown(
+        ["method", "speed-up", "merged", "PSNR, dB", "SSIM", "GMSD", "error inside", "error outside"], rows
+    )
+
+
+def report(
+    run: Row, points: Sequence[Point], notes: Sequence[str], curve: str | None = None, against: str | None = None
+) -> str:
     """Everything, as markdown."""
     if not points:
         return "No picture has been drawn by all methods yet.\n"
@@ -134,5 +154,7 @@ def report(run: Row, points: Sequence[Point], notes: Sequence[str], curve: str |
     name, found = matches(points, curve)
     if found:
         parts += [f"At the same speed: {name}, straight between its settings.", matched_table(found)]
+    if against is not None:
+        parts += [f"Less {against}:", differences(points, against)]
     parts += list(notes)
     return "\n\n".join(parts) + "\n"
