@@ -529,6 +529,30 @@ def test_reference_attention_writes_all_tokens_and_reads_with_merged_ones(
     assert torch.equal(draw(made, latents=latents, **mosaic), plain)
 
 
+def test_a_pipeline_that_makes_both_passes_itself_is_read_as_well(
+    pipe: StableDiffusionPipeline, calls: list[ModelCall]
+) -> None:
+    made, _ = reference_pipeline(pipe)
+    made.register_modules(unet=made.unet.unet)  # called twice in each step, and not by a module around it
+    text, condition = torch.randn(2, 77, pipelines.TEXT), pipelines.structured((1, 4, 8, 8))
+    made._guidance_scale = 5.0
+    with merging(made, FIXED) as session, torch.no_grad():
+        made.scheduler.set_timesteps(3)
+        latents = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1)
+        for t in made.scheduler.timesteps:
+            ref: dict[str, Tensor] = {}
+            made.unet(condition, t, text[1:], cross_attention_kwargs={"mode": "w", "ref": ref})
+            assert {tokens.shape[1] for tokens in ref.values()} == {64, 16}
+            made.unet(latents, t, text, cross_attention_kwargs={"mode": "r", "ref": ref})
+        stats = session.stats.to_dict()
+        assert session.importance is not None
+        assert session.importance.shape == (1, 16, 16)
+    assert stats["merged_fraction"] == 0.5
+    assert stats["pairings_reused"] > 0  # the writing pass did not end the run's pairs
+    assert not stats["notes"]
+    assert [len(call.images) for call in calls] == [0, 2] * 3
+
+
 def test_reference_attention_counts_its_own_merged_keys_and_each_reference_once(pipe: StableDiffusionPipeline) -> None:
     made, _ = reference_pipeline(pipe)
     block: Any = next(m for m in made.unet.unet.modules() if hasattr(m, "attn1"))

@@ -62,6 +62,7 @@ class PipelineCalls:
         if pipe is None or time is None:
             return None
         if writes_reference(kwargs):
+            self._layout = None  # what comes out of it is nobody's guidance
             return ModelCall(None, self._latent_size, (), ())
         t = float(time.max()) if isinstance(time, Tensor) else float(time)
         if pipe.scheduler.timesteps is not self._timesteps:
@@ -95,8 +96,8 @@ class PipelineCalls:
         self._timesteps = pipe.scheduler.timesteps
         self._noise = _NoiseLevels(pipe.scheduler)
         self._checked.clear()
-        sigmas = self._sigmas or self._noise.schedule(t, getattr(pipe, "_num_timesteps", None))
-        self._session.reset(sigmas)
+        told = self._sigmas
+        self._session.reset(self._noise.schedule(t, getattr(pipe, "_num_timesteps", None)) if told is None else told)
 
     def _layout_of(self, pipe: Any, root: nn.Module, x: Tensor) -> tuple[str, ...] | None:
         """Branches of the batch, in order, or None: unknown."""
