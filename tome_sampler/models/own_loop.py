@@ -54,7 +54,7 @@ def sample_in_pipeline(
     else:
         options = {"height": settings.size[0], "width": settings.size[1]}
     if "PixArt" in type(pipe).__name__:
-        options["use_resolution_binning"] = False  # the size that was asked for
+        options |= {"use_resolution_binning": False, "clean_caption": False}  # the size and the prompt as they are
     if isinstance(merging, MergeConfig):
         merging = partial(tome_sampler.merging, pipe, merging)
     calls = [0]
