@@ -24,8 +24,8 @@ OFF, CUSTOM = "Off", "Custom"
 @dataclass(frozen=True)
 class Field:
     """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices", "refresh",
-    "threshold" or "tokens". low, high, step: the control's; a whole or plain number may not be outside them. main: shown at
-    once and not in the Advanced fold."""
+    "threshold" or "tokens". low, high, step: the control's; a whole or plain number may not be outside them. main:
+    shown at once and not in the Advanced fold."""
 
     name: str
     label: str
@@ -146,8 +146,8 @@ FIELDS: tuple[Field, ...] = (
           choices=("global", "local")),
     Field("neighbourhood", "Neighbourhood", "whole", "cells in each direction for the local search", low=1, high=8,
           step=1),
-    Field("metric", "Similarity of", "choice", "what the attention gets, or its block",
-          choices=("attention", "block")),
+    Field("metric", "Similarity of", "choice", "what the attention gets, or its block; or nearness in the picture",
+          choices=("attention", "block", "position")),
     Field("batch_rule", "Batch rule", "choice", "'row': an image merges the same alone or in a batch",
           choices=("row", "max")),
     Field("share_branches", "Share between cond and uncond", "flag", "match once for both"),

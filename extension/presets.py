@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_sampler.config import MergeConfig
+from tome_sampler.profiles import FORMAT as PROFILE
 
 from .fields import CUSTOM, OFF, PRESETS
 
@@ -75,7 +76,8 @@ class Presets:
         return json.dumps(self.all(), indent=2, sort_keys=True)
 
     def load(self, text: str) -> list[str]:
-        """Add what another one exported; the names. Nothing is added if any of it is wrong."""
+        """Add what another one exported, or a profile of ``tome-sampler inspect --tune``, which is named after its
+        model; the names. Nothing is added if any of it is wrong."""
         found = self._read(text, "the imported text")
         self._write({**self.all(), **found})
         return list(found)
@@ -87,6 +89,8 @@ class Presets:
             raise ValueError(f"{source} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise ValueError(f"{source} must be an object of presets by name")
+        if data.get("format") == PROFILE:
+            data = {Path(str(data.get("model"))).name[:LONGEST_NAME]: data.get("config")}
         presets = {}
         for name, fields in data.items():
             if not isinstance(fields, Mapping):

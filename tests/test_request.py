@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tome_sampler.config import PRESETS, MergeConfig
+from tome_sampler.profiles import FORMAT, write_profile
 from tome_sampler.refresh import Always, Checkpoints, Drift, EverySteps, Once, SigmaRatio
 
 NAME = "tome_sampler_extension"
@@ -205,6 +206,9 @@ def test_presets_of_the_users_own(tmp_path: Path) -> None:
     text = store.exported()
     store.delete("ours")
     assert store.load(text) == ["ours"]
+    write_profile(tmp_path / "profile.json", config, model="folder/model.safetensors", measured={})
+    assert store.load((tmp_path / "profile.json").read_text()) == ["model.safetensors"]
+    assert request.read_dict({"preset": "model.safetensors"}, store.saved()).config == config
     for action, message in (
         (lambda: store.save("Fast", config), "built-in"),
         (lambda: store.save(" ", config), "printable characters"),
@@ -213,10 +217,11 @@ def test_presets_of_the_users_own(tmp_path: Path) -> None:
         (lambda: store.load("{"), "not JSON"),
         (lambda: store.load('{"a": {"ratio": 7}}'), "ratio is 7"),
         (lambda: store.load('{"a": 1}'), "must be an object"),
+        (lambda: store.load(json.dumps({"format": FORMAT, "model": "a"})), "must be an object"),
     ):
         with pytest.raises(ValueError, match=message):
             action()
-    assert store.names() == ["ours"]
+    assert store.names() == ["model.safetensors", "ours"]
     store.path.write_text("broken")
     assert store.saved() == {}
     with pytest.raises(ValueError, match="not JSON"):
