@@ -219,6 +219,19 @@ def test_prompts_and_guidance_of_all_kinds(settings: dict[str, Any]) -> None:
     assert generate([ON], **settings)[0] == merged
 
 
+def test_cond_and_uncond_in_calls_of_their_own() -> None:
+    settings = {"prompt": "a fox " * 200}  # more than four times as long as the empty one, which Forge will not batch
+    before = generate(**settings)[0]
+    merged, _ = generate([ON], **settings)
+    statistics = last()["passes"][0]["statistics"]
+    assert len(statistics["steps"]) == 2 * STEPS
+    assert statistics["merged_fraction"] > 0
+    assert statistics["importance_merged"] is not None
+    assert mean_difference(merged[0], before[0]) > 0
+    assert generate([ON], **settings)[0] == merged
+    assert generate(**settings)[0] == before
+
+
 def test_every_checkpoint_and_back(plain: list[bytes]) -> None:
     names = [model["model_name"] for model in get("/sdapi/v1/sd-models")]
     for name in names[:4]:
