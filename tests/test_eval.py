@@ -228,10 +228,11 @@ def test_two_processes_give_the_numbers_of_one(written: Path, prompt_file: Path,
     whole = (written / "rows.jsonl").read_text().splitlines(keepends=True)
     part_of(file, 1).write_text("".join(whole[10:12]))  # of a launch of more processes that was stopped
     part_of(file, 3).write_text(whole[12] + whole[13][:80])
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # with --cpu it would launch a single process; --multi_gpu launches two, which are on the CPU where there is no GPU
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     more = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tome_sampler"]
     run = subprocess.run(
-        [sys.executable, *launch, *more, *arguments(prompt_file, file, "--seeds", "2")],
+        [sys.executable, *launch, *more, *arguments(prompt_file, file, "--seeds", "2"), "--device", "cpu"],
         env=ONE_THREAD,
         capture_output=True,
         text=True,
@@ -240,6 +241,7 @@ def test_two_processes_give_the_numbers_of_one(written: Path, prompt_file: Path,
     assert run.returncode == 0, run.stderr
     assert numbers(rows_of(file)) == numbers(rows_of(written / "rows.jsonl"))
     assert [line for line in file.read_text().splitlines(keepends=True) if line in whole] == whole[10:13]
+    assert "Drawn by 2 processes." in run.stdout
     assert list(tmp_path.iterdir()) == [file], "the processes' files became one"
     assert run.stdout.count("| tomesd:ratio=0.5 |") == 3, "one process reports: a line in each table"
 

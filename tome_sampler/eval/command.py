@@ -16,7 +16,7 @@ examples:
   tome-sampler eval --prompts 4 --json out/eval/rows.jsonl --markdown out/eval/table.md
   tome-sampler eval --methods tomesd:ratio=0.5,importance:ratio=0.5,default:ratio=0.5,threshold=None --json rows.jsonl
   tome-sampler eval --model model.safetensors --prompt-file prompts.txt --json rows.jsonl --plot plot.png
-  accelerate launch --num_processes 4 -m tome_sampler eval --prompts 200 --seeds 2 --json rows.jsonl
+  accelerate launch --multi_gpu --num_processes 4 -m tome_sampler eval --prompts 200 --seeds 2 --json rows.jsonl
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which settings of ours are compared with others at their speed, such as default:threshold=None "
         "(default: those that differ in their ratio alone and are the most)",
     )
-    out.add_argument(
-        "--against", metavar="METHOD", help="also all methods' figures less this one's"
-    )
+    out.add_argument("--against", metavar="METHOD", help="also all methods' figures less this one's")
     real = parser.add_argument_group("for real checkpoints: weights that you have; nothing is downloaded")
     real.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's AlexNet weights: LPIPS (torchmetrics)")
     real.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model's folder: CLIP score (transformers)")

@@ -44,10 +44,10 @@ def evaluate(args: argparse.Namespace) -> int:
     prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
     pyplot: Any = plotter() if args.plot else None
     torch.set_num_threads(args.threads)
-    processes = Processes()
+    processes = Processes(args.device)
     model = open_model(
         args.model,
-        device=processes.device(args.device),
+        device=processes.device,
         dtype=args.dtype,
         config=args.model_config,
         allow_pickle=args.allow_pickle,
@@ -99,6 +99,8 @@ def evaluate(args: argparse.Namespace) -> int:
     found = points(methods, rows)
     if distances is not None:
         notes.append(distances(plan, args.reference))
+    if processes.count > 1:
+        notes.append(f"Drawn by {processes.count} processes.")
     text = report(plan.run, found, notes, args.matched, args.against)
     print(text, end="")
     if args.markdown:

@@ -31,7 +31,8 @@ def scene_distance(features: NDArray[np.float64], reference: NDArray[np.float64]
 
     It falls as sets grow, so only sets of one size compare.
     """
-    distance = FrechetInceptionDistance(feature=_AsTheyAre())
+    # without this, it would wait for the other processes of a launch, which have ended
+    distance = FrechetInceptionDistance(feature=_AsTheyAre(), sync_on_compute=False)
     real = _drawn() if reference is None else torch.from_numpy(reference)
     distance.update(real.float(), real=True)
     distance.update(torch.from_numpy(features).float(), real=False)

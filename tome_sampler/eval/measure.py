@@ -98,7 +98,7 @@ def measure(plan: Plan, file: Path, processes: Processes, *, progress: bool = Tr
     processes.wait()
     if processes.first:
         for part in parts_of(file):
-            part.unlink()
+            part.unlink(missing_ok=True)
     if own != file:
         own.unlink(missing_ok=True)
     return asked

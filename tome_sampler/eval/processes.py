@@ -6,17 +6,23 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 class Processes:
     """This process among those of a launch. number: from 0. count: of all of them.
 
+    Args:
+        device: the one that was asked for, or None: each process its own.
+
     Raises:
         ImportError: several were launched, and accelerate is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device or "cpu"
         self.number, self.count = 0, 1
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -24,19 +30,15 @@ class Processes:
                 from accelerate import PartialState
             except ImportError as error:
                 raise ImportError(f"several processes need accelerate, which cannot be imported ({error})") from None
-            self._state = PartialState()
+            # without a GPU it would take each process for the only one
+            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
             self.number, self.count = self._state.process_index, self._state.num_processes
+            self.device = device or str(self._state.device)
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes what all have found."""
         return self.number == 0
-
-    def device(self, asked: str | None) -> str:
-        """The device to work on: what was asked for, else each process its own."""
-        if asked is not None:
-            return asked
-        return "cpu" if self._state is None else str(self._state.device)
 
     def share(self, items: Sequence[T]) -> list[T]:
         """The items that are this process's."""

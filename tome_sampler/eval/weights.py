@@ -58,7 +58,7 @@ def lpips(weights: Path) -> Extra:
         (checkpoints / Path(AlexNet_Weights.DEFAULT.url).name).symlink_to(weights.resolve())
         torch.hub.set_dir(folder)
         try:
-            metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+            metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", sync_on_compute=False)
         except _BROKEN as error:
             raise ValueError(f"--lpips is {weights}, which does not hold AlexNet's weights: {_line(error)}") from None
         finally:
@@ -133,8 +133,9 @@ def inception_distances(weights: Path) -> Callable[[Plan, Path | None], str]:
         found = []
         for method in plan.methods[0 if reference is not None else 1 :]:
             fake = _features(network, (read_picture(path_of(folder, method, case)) for case in plan.cases))
-            fid = FrechetInceptionDistance(feature=_Given(2048))
-            kid = KernelInceptionDistance(feature=_Given(2048), subset_size=min(len(features), len(fake), 1000))
+            fid = FrechetInceptionDistance(feature=_Given(2048), sync_on_compute=False)
+            subsets = min(len(features), len(fake), 1000)
+            kid = KernelInceptionDistance(feature=_Given(2048), subset_size=subsets, sync_on_compute=False)
             for metric in (fid, kid):
                 metric.update(features, real=True)
                 metric.update(fake, real=False)
