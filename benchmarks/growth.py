@@ -56,6 +56,12 @@ def parts(side: int, dtype: torch.dtype, device: torch.device, longest: int) -> 
     return found
 
 
+def repeated(part: Callable[[], Any], times: int) -> None:
+    """Keeps nothing: memory that is new each time would cost more than what is measured."""
+    for _ in range(times):
+        part()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -77,7 +83,7 @@ def main() -> None:
                         continue
                     part()
                     repeats = 1 if quadratic else max(1, 2**15 // side**2)
-                    _, seconds = take(lambda part=part, repeats=repeats: [part() for _ in range(repeats)], device)
+                    _, seconds = take(lambda part=part, repeats=repeats: repeated(part, repeats), device)
                     if number >= 0:
                         taken[side].setdefault(name, []).append(seconds.seconds / repeats / side**2 * 1e9)
     rows = {side: {name: statistics.median(found) for name, found in parts.items()} for side, parts in taken.items()}
