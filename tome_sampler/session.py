@@ -196,12 +196,15 @@ class MergeSession:
         if self.suspended or (self._call is not None and not self._call.images):
             return None
         b, n, _ = x.shape
+        if (layer.name, n) in self._left_alone:
+            return None
         grid = grid or self.grid(n)
         if grid is None or grid[0] * grid[1] != n:
             self.note(f"{n} tokens are not the grid of a {self._latent_size or 'square'} latent: passed through")
             return None
         config = self.config
         if self._level(n) >= config.levels or self.too_short(n, x.shape[2], x.dtype, x.device.type):
+            self._left_alone.add((layer.name, n))  # for as long as the size is the same
             return None
         if self._call is not None and layer.name in self._seen:  # a reference pass, say: not the tokens it was first
             self.note(f"{layer.name} ran more than once in a model call: passed through")
@@ -407,6 +410,7 @@ class MergeSession:
         self._ranks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._sizes: set[int] = set()  # stands in for the levels where no latent size is known
         self._cells: dict[tuple[tuple[int, int], tuple[int, ...]], Dst] = {}  # destinations, in this model call
+        self._left_alone: set[tuple[str, int]] = set()  # layers, and how many tokens they have
         self._seen: set[str] = set()  # layers that have merged in this model call
         self._grids: dict[int, tuple[int, int] | None] = {}
 
