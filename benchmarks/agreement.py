@@ -23,19 +23,16 @@ from tome_sampler import CFGDenoiser, MergeConfig, demo
 from tome_sampler.demo.check import agreement, check_scene
 from tome_sampler.demo.model import LATENT_CHANNELS, LATENT_SIZE, to_picture
 from tome_sampler.demo.scenes import Scene, random_scene
-from tome_sampler.demo.train import CURRICULUM, scenes_at
+from tome_sampler.eval.prompts import trained_captions
 from tome_sampler.sampling import sample_dpmpp_2m
 
 
 def held_out(count: int, seed: int) -> list[Scene]:
     """Random scenes whose captions the shipped weights were not trained on."""
-    trained = {
-        scene.caption for step in range(sum(s.steps for s in CURRICULUM)) for scene in scenes_at(step, seed=0)[1]
-    }
     rng, scenes = random.Random(seed), []
     while len(scenes) < count:
         scene = random_scene(rng)
-        if scene.caption not in trained:
+        if scene.caption not in trained_captions():
             scenes.append(scene)
     return scenes
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tome_sampler.overlay import group_map, heat_map
+from tome_sampler.overlay import group_map, heat_map, to_bytes
 
 from .record import Map
 
@@ -44,5 +44,4 @@ def png(image: Image.Image) -> bytes:
 
 
 def _image(picture: Tensor) -> Image.Image:
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
-    return Image.fromarray(pixels.numpy())
+    return Image.fromarray(to_bytes(picture).numpy())

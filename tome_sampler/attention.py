@@ -93,7 +93,9 @@ class proportional_attention(TorchFunctionMode):
         rows, more = logits.shape[0], logits.shape[-1] - m
         if logits.ndim < 3 or logits.shape[-1] not in self._lengths:
             return None
-        bias = F.pad(self.log_size.to(logits.dtype), (0, more))
+        bias = self.log_size.to(logits.dtype)
+        if more:
+            bias = F.pad(bias, (0, more))
         if logits.ndim > 3 or (self.heads is None and rows == b):
             heads = 1
         else:

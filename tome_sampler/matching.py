@@ -152,6 +152,12 @@ def local_match(
     return _from_cells(best, grid, stride), _from_cells(target, grid, stride)
 
 
+def mean_similarity(metric: Tensor, token: Tensor, other: Tensor) -> Tensor:
+    """Mean cosine similarity of pairs of tokens, (rows s) each."""
+    a, b = (metric.gather(1, i[..., None].expand(-1, -1, metric.shape[2])).float() for i in (token, other))
+    return F.cosine_similarity(a, b, dim=-1, eps=1e-6).mean()
+
+
 def sources_to_merge(order: Tensor, count: Tensor | int) -> Tensor:
     """Mask (b n) of the first `count` tokens, one number or one for each row (b 1), of an order (b n) of tokens."""
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)

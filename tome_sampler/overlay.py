@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def to_bytes(picture: Tensor) -> Tensor:
+    """A picture (3 h w) in [-1, 1] as bytes (h w 3), as image files have them."""
+    return rearrange(((picture.clamp(-1, 1) + 1) * 127.5).round().byte(), "c h w -> h w c").contiguous()
+
+
 def heat_map(importance: Tensor) -> Tensor:
     """A map (h w) as a picture (3 h w): black, through red and yellow, to white."""
     low, high = importance.min(), importance.max()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tome_sampler.config import MergeConfig
 from tome_sampler.gate import least_tokens
@@ -23,6 +22,7 @@ from tome_sampler.matching import (
     global_match,
     grid_dst,
     local_match,
+    mean_similarity,
     pool_dst,
     sources_to_merge,
 )
@@ -329,7 +329,7 @@ class MergeSession:
                 cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
             self._cache[key] = cached
         elif cached.similarity is not None and cached.maker == layer.name and cached.branches & set(branches):
-            cached.lost = cached.similarity - _similarity(self._take(metric, rows), *cached.sample)
+            cached.lost = cached.similarity - mean_similarity(self._take(metric, rows), *cached.sample)
         pairing = cached.pairing
         if pairing is not None and len(rows) != len(images):
             places = tuple(unique.index(image) for image in images)
@@ -383,7 +383,7 @@ class MergeSession:
             place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device) * (count - 1)
             token = order.gather(1, place.long().clamp(min=0).expand(len(images), -1))
             cached.sample = token, target.gather(1, token)
-            cached.similarity = _similarity(metric, *cached.sample)
+            cached.similarity = mean_similarity(metric, *cached.sample)
         share = score.new_full((), math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
         self.stats.measure(layer.name, (score * merged).sum() / merged.sum(), share)
         return cached
@@ -452,12 +452,6 @@ class MergeSession:
         level = 0 if self._moment is None else round(math.log(self._moment.sigma) * 1e5)
         block = -1 if self.config.share_layers else layer.block
         return zlib.crc32(repr((self.config.seed, block, level)).encode())
-
-
-def _similarity(metric: Tensor, token: Tensor, other: Tensor) -> Tensor:
-    """Mean cosine similarity of pairs of tokens, (rows s) each."""
-    a, b = (metric.gather(1, i[..., None].expand(-1, -1, metric.shape[2])).float() for i in (token, other))
-    return functional.cosine_similarity(a, b, dim=-1, eps=1e-6).mean()
 
 
 def _grid_of(n: int, latent_size: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -98,6 +98,17 @@ def read_overrides(text: str) -> dict[str, Any]:
     return values
 
 
+def split_methods(text: str) -> list[str]:
+    """ "tomesd,default:ratio=0.7,stride=4" as its methods: a "field=value" on its own belongs to the one before it."""
+    labels: list[str] = []
+    for piece in (piece.strip() for piece in text.split(",")):
+        if labels and "=" in piece and ":" not in piece:
+            labels[-1] += f",{piece}"
+        else:
+            labels.append(piece)
+    return labels
+
+
 def read_config(text: str, common: Mapping[str, Any] | None = None) -> MergeConfig:
     """ "PRESET" or "PRESET:field=value,...", on top of what `common` sets for every preset.
 

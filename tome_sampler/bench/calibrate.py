@@ -20,10 +20,11 @@ from tome_sampler.bench import report
 from tome_sampler.bench.backends import BACKENDS, attention_on
 from tome_sampler.bench.measure import threads
 from tome_sampler.bench.methods import KeptSession, raise_
-from tome_sampler.bench.settings import DTYPES, device_of, in_range, one_of
+from tome_sampler.bench.settings import device_of, in_range, one_of
 from tome_sampler.bench.timing import take
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.modules import attach
+from tome_sampler.models import DTYPES
 from tome_sampler.refresh import Always, Once
 from tome_sampler.session import MergeSession, ModelCall
 

@@ -12,7 +12,7 @@ from tome_sampler.bench.host import Host
 from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method, Stacked
 from tome_sampler.bench.peers import PACKAGES, CaTome, DeepCache, HyperTile, TomeSd, package_of, threshold_for
 from tome_sampler.config import PRESETS, MergeConfig
-from tome_sampler.spelling import read_overrides
+from tome_sampler.spelling import read_overrides, split_methods
 
 LIMITS = ("plain", "bound", "zero_overhead")
 OURS = tuple(name for name in PRESETS if name not in PACKAGES)
@@ -70,7 +70,7 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
     Raises:
         ValueError: a name is unknown, or is there twice. ImportError: a package that was asked for is not installed.
     """
-    labels = _split(given) if given is not None else list(QUICK if quick else EVERYTHING)
+    labels = split_methods(given) if given is not None else list(QUICK if quick else EVERYTHING)
     chosen, notes = [], []
     for label in labels:
         name, _, rest = label.partition(":")
@@ -93,17 +93,6 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
     if len(set(labels)) < len(labels):
         raise ValueError(f"methods is {given!r}; it must name each one once")
     return tuple(chosen), "bound" in labels, tuple(notes)
-
-
-def _split(given: str) -> list[str]:
-    """A "field=value" on its own belongs to the method before it."""
-    labels: list[str] = []
-    for piece in (piece.strip() for piece in given.split(",")):
-        if labels and "=" in piece and ":" not in piece:
-            labels[-1] += f",{piece}"
-        else:
-            labels.append(piece)
-    return labels
 
 
 def _known(name: str) -> None:

@@ -18,7 +18,8 @@ from tome_sampler.bench.host import Host
 from tome_sampler.bench.memory import require_memory
 from tome_sampler.bench.rounds import Rounds
 from tome_sampler.bench.rows import rows_of
-from tome_sampler.bench.settings import DTYPES, Settings
+from tome_sampler.bench.settings import Settings
+from tome_sampler.models import DTYPES
 
 
 def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -14,8 +14,8 @@ from tome_sampler.bench.backends import BACKENDS
 from tome_sampler.bench.chosen import Chosen, choose
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.methods import Method
+from tome_sampler.models import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = (512, 2048, 64)  # the least, the most, and what they must be multiples of
 
 

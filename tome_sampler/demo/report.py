@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tome_sampler
 from tome_sampler.demo.compare import Comparison, Pair
-from tome_sampler.overlay import group_map, heat_map
+from tome_sampler.overlay import group_map, heat_map, to_bytes
 
 _PANEL = 256
 _MARGIN = 12
@@ -35,10 +35,7 @@ def fidelity(picture: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def _image(picture: Tensor) -> Image.Image:
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy()).resize(
-        (_PANEL, _PANEL), Image.Resampling.NEAREST
-    )
+    return Image.fromarray(to_bytes(picture).numpy()).resize((_PANEL, _PANEL), Image.Resampling.NEAREST)
 
 
 def _panels(pair: Pair) -> list[tuple[str, Image.Image]]:

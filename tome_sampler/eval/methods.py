@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -16,8 +17,8 @@ from tome_sampler.bench.patched import Patch
 from tome_sampler.bench.peers import PACKAGES, package_of
 from tome_sampler.config import PRESETS, MergeConfig
 from tome_sampler.models import Model
-from tome_sampler.models.run import Settings, sample
-from tome_sampler.spelling import read_overrides
+from tome_sampler.models.run import Sampled, Settings, sample
+from tome_sampler.spelling import read_overrides, split_methods
 
 DEFAULT = ",".join(
     (
@@ -83,25 +84,17 @@ class Method:
         negative: str = "",
     ) -> Drawn:
         """A picture of each prompt, in one batch."""
-        if self.name in PEERS:
-            return self._draw_by_package(model, prompts, seeds, settings, clock, negative)
         if self.name == "plain":
             seeds = [seed + _FAR * self.overrides.get("other_seed", 0) for seed in seeds]
             settings = replace(settings, steps=settings.steps + self.overrides.get("more_steps", 0))
-        run = sample(model, prompts, seeds, settings, self.config, negative=negative, clock=clock)
-        stats = run.stats or {}
-        return Drawn(run.pictures, run.model_seconds, stats.get("merged_fraction"), tuple(stats.get("notes", ())))
+        run = partial(sample, model, prompts, seeds, settings, negative=negative, clock=clock)
+        if self.name in PEERS:
+            return self._draw_by_package(_patched_module(model.module), run)
+        done = run(self.config)
+        stats = done.stats or {}
+        return Drawn(done.pictures, done.model_seconds, stats.get("merged_fraction"), tuple(stats.get("notes", ())))
 
-    def _draw_by_package(
-        self,
-        model: Model,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        settings: Settings,
-        clock: Callable[[], float],
-        negative: str,
-    ) -> Drawn:
-        unet = _patched_module(model.module)
+    def _draw_by_package(self, unet: nn.Module, run: Callable[..., Sampled]) -> Drawn:
         lengths: dict[int, list[int]] = {}  # of a layer's tokens: what attention got of them, call by call
 
         def apply() -> None:
@@ -124,17 +117,8 @@ class Method:
                 tell_step(1)  # as its own pipeline counts
                 yield
 
-        run = sample(
-            model,
-            prompts,
-            seeds,
-            settings,
-            applied,
-            on_step=lambda i, _: tell_step(i + 2),
-            negative=negative,
-            clock=clock,
-        )
-        return Drawn(run.pictures, run.model_seconds, _merged(lengths))
+        done = run(applied, on_step=lambda i, _: tell_step(i + 2))
+        return Drawn(done.pictures, done.model_seconds, _merged(lengths))
 
 
 _FAR = 7_000_000_000  # from any seed that is in use
@@ -152,13 +136,9 @@ def read_methods(text: str | None) -> tuple[list[Method], list[str]]:
             asked for is not installed.
     """
     methods, notes = [Method("plain", "plain")], []
-    labels: list[str] = []
-    for piece in filter(None, (piece.strip() for piece in (DEFAULT if text is None else text).split(","))):
-        if labels and "=" in piece and ":" not in piece:  # a field of the method before it
-            labels[-1] += f",{piece}"
-        else:
-            labels.append(piece)
-    for label in (label for label in labels if label != "plain"):
+    for label in split_methods(DEFAULT if text is None else text):
+        if label in ("", "plain"):
+            continue
         name, _, setting = label.partition(":")
         if name in PEERS and text is None and find_spec(PACKAGES[name][0]) is None:
             notes.append(f"{name} is not in the table: the package {PACKAGES[name][0]} is not installed")

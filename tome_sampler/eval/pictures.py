@@ -14,6 +14,7 @@ from torch import Tensor
 from tome_sampler.eval.methods import Method
 from tome_sampler.eval.prompts import Case
 from tome_sampler.eval.rows import write_whole
+from tome_sampler.overlay import to_bytes
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -29,9 +30,8 @@ def save_picture(path: Path, picture: Tensor) -> None:
     Raises:
         OSError: it could not be written.
     """
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     content = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(content, format="png")
+    Image.fromarray(to_bytes(picture).numpy()).save(content, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
 

@@ -40,14 +40,14 @@ def held_out_captions(count: int, first_seed: int) -> list[str]:
     captions = []
     for number in range(count):
         rng = random.Random(first_seed + number)
-        while (caption := random_scene(rng).caption) in _trained_captions():
+        while (caption := random_scene(rng).caption) in trained_captions():
             pass
         captions.append(caption)
     return captions
 
 
 @lru_cache(maxsize=1)
-def _trained_captions() -> frozenset[str]:
+def trained_captions() -> frozenset[str]:
     """Which captions those were, the trainer's seed tells exactly."""
     from tome_sampler.demo.train import CURRICULUM, scenes_at
 

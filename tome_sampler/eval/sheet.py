@@ -6,7 +6,6 @@ import io
 import textwrap
 from collections.abc import Sequence
 
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from tome_sampler.eval.methods import Method
 from tome_sampler.eval.prompts import Case
 from tome_sampler.eval.report import OURS
 from tome_sampler.eval.rows import Row
+from tome_sampler.overlay import to_bytes
 
 _PANEL = 192
 _MARGIN = 10
@@ -83,6 +83,4 @@ def _draw(plan: Plan, method: Method, case: Case) -> Tensor:
 
 
 def _panel(picture: Tensor) -> Image.Image:
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
-    image = Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
-    return image.resize((_PANEL, _PANEL), Image.Resampling.NEAREST)
+    return Image.fromarray(to_bytes(picture).numpy()).resize((_PANEL, _PANEL), Image.Resampling.NEAREST)

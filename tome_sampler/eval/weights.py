@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tome_sampler.eval.pictures import path_of, read_picture, read_pictures
+from tome_sampler.overlay import to_bytes
 
 if TYPE_CHECKING:
     from tome_sampler.eval.measure import Extra, Plan
@@ -94,9 +95,8 @@ def clip_score(folder: Path) -> Extra:
     @torch.no_grad()
     def measure(picture: Tensor, plain: Tensor, prompt: str) -> dict[str, float]:
         del plain
-        pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
         inputs: dict[str, Any] = dict(tokenizer([prompt], return_tensors="pt", truncation=True))
-        inputs |= dict(processor(images=pixels.permute(1, 2, 0).numpy(), return_tensors="pt"))
+        inputs |= dict(processor(images=to_bytes(picture).numpy(), return_tensors="pt"))
         out = model(**inputs)
         return {"clip": max(100 * float(torch.cosine_similarity(out.image_embeds, out.text_embeds)), 0.0)}
 

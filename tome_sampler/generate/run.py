@@ -25,6 +25,7 @@ from tome_sampler.models import Model, open_model
 from tome_sampler.models.own_loop import sample_in_pipeline
 from tome_sampler.models.pipeline import PipelineModel
 from tome_sampler.models.run import Sampled, Settings, sample, steps_left
+from tome_sampler.overlay import to_bytes
 
 _MARGIN, _LINE = 8, 20
 _INK, _PAPER = (30, 30, 34), (250, 250, 248)
@@ -125,8 +126,7 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
 
 def to_image(picture: Tensor) -> Image.Image:
     """A picture (3 h w) in [-1, 1] as an image."""
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
+    return Image.fromarray(to_bytes(picture).numpy())
 
 
 def _sample(

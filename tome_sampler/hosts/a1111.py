@@ -31,6 +31,7 @@ class A1111Pass:
         self.sessions: list[MergeSession] = []
         self._failed = failed
         self._unet: nn.Module | None = None
+        self._attention: list[tuple[nn.Module, list[nn.Module]]] = []  # its blocks, and the layers of their attn1
         self._detach: Callable[[], None] | None = None
         # of the guidance under way: its noise level, latent size, and the rows that the U-Net will be called with
         self._sigma: float | None = None
@@ -93,6 +94,7 @@ class A1111Pass:
         if self._detach is not None:
             self._detach()
         self._detach = self._unet = None
+        self._attention = []
         self._forget_call()
 
     def _take(self, unet: nn.Module, table: Tensor | None) -> None:
@@ -102,6 +104,11 @@ class A1111Pass:
             session.know_table(sorted(table.flatten().tolist(), reverse=True))
         self._detach = attach(unet, session, self._describe, self._fail)
         self._unet = unet
+        self._attention = [
+            (block, [layer for layer in attention.modules() if layer is not attention])
+            for block in unet.modules()
+            if isinstance(attention := getattr(block, "attn1", None), nn.Module)
+        ]
         self.sessions.append(session)
 
     def _fail(self, error: Exception) -> None:
@@ -112,7 +119,7 @@ class A1111Pass:
     def _describe(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """The next rows of what guidance told of. A tile, or a call that guidance knows nothing of, passes through."""
         x = args[0] if args else kwargs.get("x")
-        first, foreign = self._next, _foreign(root)
+        first, foreign = self._next, _foreign(root, self._attention)
         if foreign is None and isinstance(x, Tensor) and tuple(x.shape[-2:]) == self._size:
             end = first + x.shape[0]
             if end <= len(self._branches):
@@ -127,21 +134,18 @@ class A1111Pass:
         self._conds = self._next = 0
 
 
-def _foreign(unet: nn.Module) -> str | None:
+def _foreign(unet: nn.Module, attention: list[tuple[nn.Module, list[nn.Module]]]) -> str | None:
     """Who else works inside the attention of a U-Net that is about to run, so that it needs all its tokens; or None.
 
     ControlNet replaces methods of the modules themselves, and hands most of them back as bound methods when it is done.
     """
     driven = _replaced(unet, "forward")
-    for block in unet.modules():
-        attention = getattr(block, "attn1", None)
-        if not isinstance(attention, nn.Module):
-            continue
+    for block, layers in attention:
         if driven and _replaced(block, "_forward"):  # the reference's own pass would be merged, and the picture's not
             return "another extension drives the blocks (ControlNet's reference mode does): passed through"
-        for layer in attention.modules():
+        for layer in layers:
             own = vars(layer).get("forward")
-            if layer is not attention and own is not None and getattr(own, "__self__", None) is not layer:
+            if own is not None and getattr(own, "__self__", None) is not layer:
                 return "another extension replaces attention's projections (ControlNet-LLLite does): passed through"
     return None
 

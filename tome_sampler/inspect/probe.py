@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.modules import attached
-from tome_sampler.matching import global_match, grid_dst
+from tome_sampler.matching import global_match, grid_dst, mean_similarity
 from tome_sampler.pairing import Pairing
 from tome_sampler.refresh import Always
 from tome_sampler.session import Layer, MergeSession, ModelCall
@@ -103,15 +102,8 @@ class Probe(MergeSession):
             histogram=histogram.tolist(),
             merged=float((target != own).float().mean()),
             jaccard=jaccard,
-            kept=[_similarity(metric, *sample) for sample in samples],
+            kept=[float(mean_similarity(metric, *sample)) for sample in samples],
         )
-
-
-def _similarity(metric: Tensor, token: Tensor, other: Tensor) -> float:
-    """Mean cosine of pairs of tokens, (rows s) each."""
-    c = metric.shape[2]
-    a, b = (metric.gather(1, i[..., None].expand(-1, -1, c)).float() for i in (token, other))
-    return float(functional.cosine_similarity(a, b, dim=-1, eps=1e-6).mean())
 
 
 @contextmanager
