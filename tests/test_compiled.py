@@ -46,7 +46,7 @@ def call(unet: nn.Module | Callable[..., Any], t: int, size: int = 16) -> Tensor
     ],
     ids=["ratio", "levels", "modules", "block", "once", "tomesd", "importance"],
 )
-def test_a_fixed_ratio_is_one_graph_for_all_steps(config: MergeConfig) -> None:
+def test_a_fixed_ratio_is_one_graph_for_each_part_of_a_run(config: MergeConfig) -> None:
     unet = tiny_unet()
     with merging(unet, config, branches=("uncond", "cond")) as session:
         eager = [call(unet, t) for t in TIMES]
@@ -58,8 +58,13 @@ def test_a_fixed_ratio_is_one_graph_for_all_steps(config: MergeConfig) -> None:
         for t, picture in zip(TIMES, eager, strict=True):
             torch.testing.assert_close(call(compiled, t), picture, atol=1e-5, rtol=1e-5)
             counts.append(graphs.frame_count)
-    assert counts == [2] * len(TIMES)  # the model, and the hook that tells of its call
-    found = session.stats.to_dict()
+        found = session.stats.to_dict()
+        session.reset()
+        for t in TIMES:
+            call(compiled, t)
+    # the model, and the hook that tells of its call; the third time is no early one
+    assert counts == [2, 2, *([2] * 4 if config.early is None else [3] * 4)]
+    assert graphs.frame_count == counts[-1]  # a second run has its graphs
     assert 0 < found["merged_fraction"] == expected["merged_fraction"]
     assert found["pairings_made"] == expected["pairings_made"]
     assert found["pairings_reused"] == expected["pairings_reused"]

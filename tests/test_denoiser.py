@@ -14,7 +14,7 @@ from tome_sampler.refresh import Always, SigmaRatio
 
 SAMPLERS = sampling.sampler_names()
 TWO_CALLS = {"sample_heun", "sample_dpm_2", "sample_dpm_2_ancestral", "sample_dpmpp_2s_ancestral", "sample_dpmpp_sde"}
-CONFIG = MergeConfig(threshold=None, ratio=0.5, min_tokens=0)
+CONFIG = MergeConfig(threshold=None, ratio=0.5, early_ratio=None, min_tokens=0)
 STEPS = 6
 
 

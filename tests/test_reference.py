@@ -17,6 +17,7 @@ from tome_sampler.matching import grid_dst, pool_dst
 
 LAYER = Layer("x", 0)
 SIGMAS = torch.logspace(1, -1, 50).tolist()
+EARLY, LATE = 5, 30  # steps: above and below where the early part of a run ends
 
 
 def features(b: int, h: int, w: int, roughness: float = 0.5) -> Tensor:
@@ -113,37 +114,45 @@ def test_importance_based_merging_prunes_on_the_grid_in_the_first_two_of_50_step
 @pytest.mark.parametrize("preset", ["default", "quality", "fast"])
 @pytest.mark.parametrize("informed", [True, False])
 @pytest.mark.parametrize("search", ["global", "local"])
-def test_our_presets(grid: tuple[int, int], preset: str, informed: bool, search: Search) -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_our_presets(grid: tuple[int, int], preset: str, informed: bool, search: Search, early: bool) -> None:
     h, w = grid
     x = torch.cat([features(1, h, w, roughness) for roughness in (0.6, 0.1, 0.02) * 2])
     importance = torch.rand(3, h, w) if informed else None
     config = MergeConfig.preset(preset, min_tokens=0, search=search)
-    pairing, _ = run(config, x, grid, importance)
-    assert config.threshold is not None
+    assert SIGMAS[EARLY] > config.early_sigma > SIGMAS[LATE]
+    pairing, _ = run(config, x, grid, importance, step=EARLY if early else LATE)
+    assert config.threshold is not None and config.early_ratio is not None
     near = 1 if search == "local" else 99
     counts = set()
     for row in range(6):
         image = row % 3  # the cond rows, the last three, speak for their images
         pooled = None if importance is None else reference.pooled(importance[image].numpy(), h, w)
         c = config
-        settings = (c.stride, c.ratio, c.threshold, c.floor, c.importance, near)
+        if early:  # as many as always, of the smallest cells that have as many
+            stride = {"quality": 2, "default": 2, "fast": 4}[preset]
+            settings = (stride, c.early_ratio, 1.0, c.early_ratio, c.importance, near)
+        else:
+            settings = (c.stride, c.ratio, c.threshold, c.floor, c.importance, near)
         slow = reference.ours(x[3 + image].numpy(), pooled, h, w, *settings)
         assert pairing.target[row].tolist() == slow
         counts.add(sum(t != i for i, t in enumerate(slow)))
     assert pairing.size.shape[1] == h * w - min(counts)
-    if preset == "default" and informed:
+    if early:
+        assert len(counts) == 1
+    elif preset == "default" and informed:
         assert len(counts) > 1  # every image its own
 
 
 def test_features_that_agree_to_the_floor_and_to_the_ceiling() -> None:
-    config = MergeConfig(min_tokens=0, floor=0.3, ratio=0.6)
+    config = MergeConfig(min_tokens=0, floor=0.3, ratio=0.6, early_ratio=None)
     noise, flat = torch.randn(2, 64, 8), torch.ones(2, 64, 8) + 1e-4 * torch.randn(2, 64, 8)
     for x, share in ((noise, 0.3), (flat, 0.6)):
         pairing, _ = run(config, x, (8, 8))
         assert pairing.size.shape[1] == 64 - int(64 * share)
 
 
-@pytest.mark.parametrize("changes", [{"ratio": 0.0}, {"end": 0.0}, {"threshold": 1.0, "floor": 0.0}])
+@pytest.mark.parametrize("changes", [{"ratio": 0.0}, {"end": 0.0}, {"threshold": 1.0, "floor": 0.0, "early_ratio": 0.0}])
 def test_nothing_to_merge_gives_no_pairing(changes: dict[str, Any]) -> None:
     session = MergeSession(MergeConfig(min_tokens=0, **changes), [*SIGMAS, 0.0])
     with session.call(ModelCall(SIGMAS[3], (8, 8), ("cond",), (0,))):

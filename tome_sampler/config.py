@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from tome_sampler.refresh import CA_TOME_CHECKPOINTS, Always, Refresh, SigmaRatio, refresh_from_dict
@@ -38,10 +39,13 @@ class MergeConfig:
 
     How many
         ratio: fraction of a layer's tokens that is merged away, 0 .. 1 - 1/stride**2; with a `threshold`, the most
-            that is. 0 changes nothing. Raising it is faster and less exact.
+            that is. 0 changes nothing, in no part of the run. Raising it is faster and less exact.
         threshold: cosine similarity, -1 .. 1, from which a token is merged (CA-ToMe), or None: always `ratio`.
             What it merges depends on the model's features; look at the statistics.
         floor: with a threshold, the least that is merged, 0 .. 1 (never above `ratio`).
+        early_ratio: fraction that is merged away while sigma is above `early_sigma` and the picture is still mostly
+            noise, whatever the threshold; 0 .. 0.99, or None: as later. Cells are then as large as it needs.
+        early_sigma: where that ends, > 0. Noise levels are those of k-diffusion, in multiples of the latent's scale.
         batch_rule: with a threshold, "row": every image its own count, the same alone or in a batch; "max": the
             largest count of the batch for all (CA-ToMe as published).
 
@@ -86,7 +90,9 @@ class MergeConfig:
 
     ratio: float = 0.5
     threshold: float | None = 0.9
-    floor: float = 0.3
+    floor: float = 0.2
+    early_ratio: float | None = 0.75
+    early_sigma: float = 3.0
     batch_rule: BatchRule = "row"
     stride: int = 2
     destinations: Destinations = "cell"
@@ -102,7 +108,7 @@ class MergeConfig:
     metric: Metric = "attention"
     share_branches: bool = True
     share_layers: bool = False
-    refresh: Refresh = SigmaRatio(6.0)
+    refresh: Refresh = SigmaRatio(4.0)
     start: float = 0.0
     end: float = 1.0
     prune_until: float = 0.0
@@ -124,6 +130,11 @@ class MergeConfig:
             _in_range(name, getattr(self, name), 0, 1)
         if self.start > self.end:
             raise ValueError(f"start is {self.start:g} and end is {self.end:g}; start must not be after end")
+        if self.early_ratio is not None:
+            _in_range("early_ratio", self.early_ratio, 0, 0.99)
+        positive = isinstance(self.early_sigma, (int, float)) and not isinstance(self.early_sigma, bool)
+        if not positive or not 0 < self.early_sigma < math.inf:
+            raise ValueError(f"early_sigma is {self.early_sigma!r}; it must be a finite number above 0")
         _in_range("pool", self.pool, 0.25, 100)
         _in_range("importance", self.importance, 0, 2)
         _one_of("batch_rule", self.batch_rule, ("row", "max"))
@@ -151,6 +162,15 @@ class MergeConfig:
             raise ValueError("search is 'local', which needs one destination per cell; destinations 'pool' has none")
         if not isinstance(self.refresh, Refresh):
             raise ValueError(f"refresh is {self.refresh!r}; it must be a policy of tome_sampler.refresh")
+
+    @cached_property
+    def early(self) -> MergeConfig | None:
+        """What holds while sigma is above `early_sigma`, if that is something else: a fixed ratio, and the smallest
+        cells that can give it."""
+        if self.early_ratio is None or self.ratio <= 0:
+            return None
+        stride = max(math.ceil((1 - self.early_ratio) ** -0.5 - 1e-9), 2)
+        return self.with_(ratio=self.early_ratio, threshold=None, stride=stride, early_ratio=None)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MergeConfig:
@@ -202,6 +222,7 @@ _PAPERS: dict[str, Any] = {
     "proportional": False,
     "importance": 0.0,
     "floor": 0.0,
+    "early_ratio": None,
     "min_tokens": 0,
     "refresh": Always(),
 }
@@ -221,9 +242,9 @@ PRESETS: dict[str, MergeConfig] = {
     "importance": MergeConfig(
         ratio=0.7, threshold=None, destinations="pool", random=True, prune_until=2 / 50, **_PAPERS
     ),
-    "quality": MergeConfig(floor=0.25, refresh=SigmaRatio(4.0)),
+    "quality": MergeConfig(floor=0.0, early_ratio=0.5, refresh=SigmaRatio(3.0)),
     "balanced": MergeConfig(),
-    "fast": MergeConfig(ratio=0.9, floor=0.75, stride=4),
+    "fast": MergeConfig(ratio=0.75, threshold=0.8, floor=0.6, early_ratio=0.9),
     "default": MergeConfig(),
 }
 """The named presets. Ours are points on the measured curve; the README's table says which."""

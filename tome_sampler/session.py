@@ -82,6 +82,7 @@ class _Cached:
     moment: Moment | None
     call: int
     branches: frozenset[str]
+    early: bool
     maker: str
     pairing: Pairing | None  # one row per image, or per batch row; None: nothing to merge
     expanded: dict[tuple[int, ...], Pairing] = field(default_factory=dict)  # per batch row, by each row's place
@@ -124,6 +125,7 @@ class MergeSession:
         self._clock = Clock(self._sigmas, self._table, self._restarts)
         self._call: ModelCall | None = None
         self._moment: Moment | None = None
+        self.early = self._as_early = False
         self._calls = 0
         self._noted: set[str] = set()
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -166,6 +168,7 @@ class MergeSession:
         if call.latent_size != self._latent_size:
             self._forget_size(call.latent_size)
         self._call, self._moment = call, moment
+        self.early = self._as_early = self._is_early(moment)
         self._calls += 1
         self._seen.clear()
         self._cells.clear()
@@ -176,6 +179,11 @@ class MergeSession:
         """The model call is over."""
         self._call = self._moment = None
         self._cells.clear()
+
+    def merge_as(self, early: bool) -> None:
+        """This call merges as one of the run's early part does, or of the later one, whatever its noise level: the
+        lengths of a compiled graph were settled before that was known."""
+        self._as_early = early and self.config.early is not None
 
     @torch.no_grad()
     def observe(self, cond: Tensor, uncond: Tensor) -> None:
@@ -224,8 +232,9 @@ class MergeSession:
         return pairing
 
     def fixed_length(self, n: int, latent_size: tuple[int, int]) -> int | None:
-        """How many tokens are left of a layer's n, if that is the same in every call of a run; else None."""
-        config, grid = self.config, _grid_of(n, latent_size)
+        """How many tokens are left of a layer's n, if that is the same in every call of this part of a run, the early
+        or the later one; else None."""
+        config, grid = self._now(self.early), _grid_of(n, latent_size)
         always = config.threshold is None and config.start <= 0 and config.end >= 1 and not config.protect
         r = int(n * config.ratio)
         if grid is None or not always or r <= 0:
@@ -245,7 +254,9 @@ class MergeSession:
             return n < config.min_tokens
         if config.ratio <= 0:
             return False
-        least = least_tokens(channels, dtype, device, config.ratio, isinstance(config.refresh, Always))
+        early = config.ratio if config.early is None else config.early.ratio
+        ratio = (config.ratio + early) / 2  # about half of a run is early
+        least = least_tokens(channels, dtype, device, ratio, isinstance(config.refresh, Always))
         if n < least:
             self.note(f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')")
         return n < least
@@ -302,7 +313,16 @@ class MergeSession:
             return True
         if made_at.sigma == now.sigma and not cached.branches & branches:  # the other branch, in a call of its own
             return False
-        return self.config.refresh.due(made_at, now, cached.drift) or self._prunes(made_at) != self._prunes(now)
+        if self._prunes(made_at) != self._prunes(now) or cached.early != self._as_early:
+            return True
+        return self.config.refresh.due(made_at, now, cached.drift)
+
+    def _is_early(self, moment: Moment | None) -> bool:
+        return self.config.early is not None and moment is not None and moment.sigma > self.config.early_sigma
+
+    def _now(self, early: bool) -> MergeConfig:
+        """What holds in a part of the run."""
+        return self.config.early or self.config if early else self.config
 
     def _prunes(self, moment: Moment | None) -> bool:
         return moment is not None and moment.fraction < self.config.prune_until - 1e-6
@@ -342,7 +362,8 @@ class MergeSession:
         self, layer: Layer, metric: Tensor, grid: tuple[int, int], images: tuple[int, ...], branches: tuple[str, ...]
     ) -> _Cached:
         """Match the tokens of `metric` (rows n c) on a grid; row i is of the image images[i]."""
-        config, n, prune = self.config, metric.shape[1], self._prunes(self._moment)
+        n, prune = metric.shape[1], self._prunes(self._moment)
+        config = self._now(self._as_early)
         r = int(n * config.ratio)
         pooled, rank = self._importance_on(grid, images, metric.device)
         in_pool = None
@@ -370,8 +391,8 @@ class MergeSession:
         most = min(r, n - dst.index.shape[1])
         if rank is not None and config.protect:  # nor does a ratio reach them
             most = max(min(most, n - dst.index.shape[1] - int(n * config.protect) - 1), 0)
-        count, m = self._count(key, most)
-        cached = _Cached(self._moment, self._calls, frozenset(branches), layer.name, None)
+        count, m = _count(config, key, most)
+        cached = _Cached(self._moment, self._calls, frozenset(branches), self._as_early, layer.name, None)
         if isinstance(count, int) and count == 0:
             return cached
         order = key.argsort(dim=1, descending=True, stable=True)
@@ -387,19 +408,6 @@ class MergeSession:
         share = score.new_full((), math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
         self.stats.measure(layer.name, (score * merged).sum() / merged.sum(), share)
         return cached
-
-    def _count(self, key: Tensor, most: int) -> tuple[Tensor | int, int]:
-        """How many tokens each row merges, and the length of the merged sequence. Waits for the device only with a
-        threshold, whose count the host must know."""
-        config, n = self.config, key.shape[1]
-        if config.threshold is None:
-            return most, n - most
-        least = min(int(n * config.floor), most)
-        wanted = (key >= config.threshold).sum(1, keepdim=True).clamp(least, most)
-        if config.batch_rule == "max":
-            wanted = wanted.amax(0, keepdim=True)
-        fewest, largest = torch.stack(wanted.aminmax()).tolist()
-        return (wanted, n - fewest) if largest else (0, n)
 
     # -- run state
 
@@ -452,6 +460,20 @@ class MergeSession:
         level = 0 if self._moment is None else round(math.log(self._moment.sigma) * 1e5)
         block = -1 if self.config.share_layers else layer.block
         return zlib.crc32(repr((self.config.seed, block, level)).encode())
+
+
+def _count(config: MergeConfig, key: Tensor, most: int) -> tuple[Tensor | int, int]:
+    """How many tokens each row merges, and the length of the merged sequence. Waits for the device only with a
+    threshold, whose count the host must know."""
+    n = key.shape[1]
+    if config.threshold is None:
+        return most, n - most
+    least = min(int(n * config.floor), most)
+    wanted = (key >= config.threshold).sum(1, keepdim=True).clamp(least, most)
+    if config.batch_rule == "max":
+        wanted = wanted.amax(0, keepdim=True)
+    fewest, largest = torch.stack(wanted.aminmax()).tolist()
+    return (wanted, n - fewest) if largest else (0, n)
 
 
 def _grid_of(n: int, latent_size: tuple[int, int] | None) -> tuple[int, int] | None:

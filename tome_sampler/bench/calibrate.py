@@ -147,7 +147,7 @@ def _saved(
                 model(x)
             session.observe(seen[0], seen[1])
 
-    at_half = MergeConfig(ratio=0.5, threshold=None, min_tokens=0)
+    at_half = MergeConfig(ratio=0.5, threshold=None, early_ratio=None, min_tokens=0)
     sessions = [KeptSession(at_half.with_(refresh=policy)) for policy in (Always(), Once())]
     shares: list[tuple[float, float]] = []
     for number in range(-1, repeats):

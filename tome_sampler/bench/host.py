@@ -21,7 +21,7 @@ class Host:
 
     Attributes:
         model: what is patched. noise: the run's start (images c h w), of variance 1. seen: both branches' output of a
-            plain call, (cond, uncond), which gives importance to a step that is measured alone.
+            plain call, (cond, uncond), by its noise level: it gives importance to a step that is measured alone.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Host:
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
         config: Any = model.config
         self.noise = torch.randn(batch, config.out_channels, side, side, generator=generator).to(self.device)
-        self.seen: tuple[Tensor, Tensor] | None = None
+        self.seen: dict[float, tuple[Tensor, Tensor]] = {}
         if name == "embedded":
             from tome_sampler import demo
             from tome_sampler.demo.command import PROMPTS

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from tome_sampler.attention import proportional_attention
-from tome_sampler.bench.host import Host
-from tome_sampler.bench.methods import Inputs, Method
+from tome_sampler.bench.methods import LENGTHS, PLAIN, Inputs, Method, part_of
 
 _PARTS = ("attn1", "attn2", "ff")
 
@@ -33,6 +32,24 @@ class Short:
 
 Plan = dict[str, Short]
 """What merging makes of a call: each module that works on a short sequence."""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What a method makes of its calls. parts: in each part of a run. runs: in each step of whole runs, by their length,
+    where it depends on the picture."""
+
+    parts: dict[str, Plan] = field(default_factory=dict)
+    runs: dict[int, list[Plan]] = field(default_factory=dict)
+
+    def composed(self, phases: Sequence[str]) -> list[Plan]:
+        """Of each step of a run of these phases, as its part says."""
+        return [self.parts.get(part_of(phase), {}) for phase in phases]
+
+    def in_run(self, phases: Sequence[str]) -> list[Plan]:
+        """Of each step of a run that is measured as a whole."""
+        return self.runs.get(len(phases)) or self.composed(phases)
+
 
 Seen = dict[str, tuple[torch.Size, Tensor | None]]
 """What each module works on in a call: the shape, and the log(size) in force."""
@@ -79,11 +96,6 @@ def plan_of(seen: Seen, plain: Seen) -> Plan:
     return plan
 
 
-def signature(plans: list[Plan]) -> tuple[Any, ...]:
-    """Two methods with the same one do the same work, matching and merging apart."""
-    return tuple(tuple((name, s.shape, s.log_size is not None, s.outer) for name, s in p.items()) for p in plans)
-
-
 @contextmanager
 def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
     """Within it, `forward` stands in for the module's own."""
@@ -100,18 +112,29 @@ def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 class Limit(Method):
-    """A method that works from the plans of another one: one for a step alone, and those of whole runs, by length."""
+    """A method that works from the plans of another one, `of`. It has a phase for each part of the run, if it does
+    not the same in all."""
 
-    def __init__(self, name: str, host: Host, plan: Plan, runs: dict[int, list[Plan]] | None = None) -> None:
-        super().__init__(name, host)
-        self._plan, self._runs = plan, runs or {}
-        self._coming: Iterator[Plan] = itertools.repeat(plan)
+    def __init__(self, name: str, of: Method, plans: Plans) -> None:
+        super().__init__(name, of.host)
+        self._of, self._plans = of, plans
+        self._parts = tuple(plans.parts)
+        alike = len({self.work(plan) for plan in plans.parts.values()}) == 1
+        self.phases = ("",) if alike else self._parts
+        self._coming: Iterator[Plan] = iter(())
 
     def begin(self, phase: str, sigma: float) -> None:
-        self._coming = itertools.repeat(self._plan)
+        self._coming = itertools.repeat(self._plans.parts[phase or self._parts[0]])
 
     def restart(self, sigmas: list[float]) -> None:
-        self._coming = iter(self._runs.get(len(sigmas), [self._plan] * len(sigmas)))
+        self._coming = iter(self._plans.in_run(self._of.phases_in(sigmas)))
+
+    def phases_in(self, sigmas: list[float]) -> list[str]:
+        parts = [part_of(phase) for phase in self._of.phases_in(sigmas)]
+        return [part if part in (PLAIN, *self.phases) else "" for part in parts]
+
+    def place(self, phase: str) -> int:
+        return self._of.place(phase or self._parts[0])
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -125,6 +148,16 @@ class Limit(Method):
         """What the module does instead."""
         raise NotImplementedError
 
+    def work(self, plan: Plan) -> Hashable:
+        """What it does by a plan; it does the same by another one of the same work."""
+        raise NotImplementedError
+
+    def work_in_runs(self, lengths: Sequence[int]) -> Hashable:
+        """What it does in each step, put together and in whole runs: two limits with the same one are one."""
+        runs = [self._plans.composed(self._of.phases_in(self.host.sigmas(length))) for length in LENGTHS]
+        runs += [self._plans.in_run(self._of.phases_in(self.host.sigmas(length))) for length in lengths]
+        return tuple(self.work(plan) for plan in itertools.chain(*runs))
+
 
 class Bound(Limit):
     """The merged layers return at once: no merging of these layers can be faster."""
@@ -132,12 +165,15 @@ class Bound(Limit):
     def stand_in(self, module: nn.Module, short: Short) -> Any:
         return (lambda *args, **kwargs: _first(args, kwargs)) if short.outer else module.forward
 
+    def work(self, plan: Plan) -> Hashable:
+        return tuple(name for name, short in plan.items() if short.outer)
+
 
 class ZeroOverhead(Limit):
     """The merged layers are given ready-made short sequences, and a ready-made long result is taken for theirs."""
 
-    def __init__(self, name: str, host: Host, plan: Plan, runs: dict[int, list[Plan]] | None = None) -> None:
-        super().__init__(name, host, plan, runs)
+    def __init__(self, name: str, of: Method, plans: Plans) -> None:
+        super().__init__(name, of, plans)
         self._ready: dict[tuple[int, ...], Tensor] = {}
 
     def _sequence(self, rows: int, tokens: int, channels: int) -> Tensor:
@@ -164,6 +200,9 @@ class ZeroOverhead(Limit):
             return result
 
         return ready
+
+    def work(self, plan: Plan) -> Hashable:
+        return tuple((name, s.shape, s.log_size is not None, s.outer) for name, s in plan.items())
 
     def release(self) -> None:
         self._ready.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -15,16 +16,32 @@ from tome_sampler.hosts.modules import attach
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
 USUAL_STEPS = 20
-"""The run that single steps are taken from, and that a row without --steps is put together for."""
+"""The run that single steps are taken from."""
+LENGTHS = (USUAL_STEPS, 50)
+"""Of the runs that single steps are put together to."""
+PLAIN = "plain"
+"""The phase of a step in which a method leaves the model as it is."""
+_PLACE = 2 / 5  # of a part of the run, where its single steps are measured
 
 Inputs = tuple[Tensor, Tensor]
+
+
+def part_of(phase: str) -> str:
+    """The part of a run that a phase belongs to: "early", "later", or :data:`PLAIN`."""
+    return PLAIN if phase == PLAIN else "early" if phase.startswith("early") else "later"
+
+
+def makes_pairs(phase: str) -> bool:
+    """Whether a step of this phase makes pairs, and does not use older ones. Without phases it makes them."""
+    return phase != PLAIN and not phase.endswith("reuse")
 
 
 class Method:
     """The model as it is: `plain`, and what the other methods differ from.
 
     Attributes:
-        phases: what a single step of it can be; "refresh" makes pairs, "reuse" uses those of the step before. Empty:
+        phases: what a single step of it can be; "refresh" makes pairs, "reuse" uses those of the step before. Where
+            the early part of a run is merged otherwise, "early refresh" and "early reuse" are the steps in it. Empty:
             it is measured in whole runs only.
         merges: whether layers get shorter sequences, so that there is a zero_overhead for it.
         foreign: whether its code is not ours, so that it may fail.
@@ -54,9 +71,19 @@ class Method:
         del sigma, step
         return self.host(inputs)
 
-    def made_in(self, sigmas: list[float]) -> tuple[int, int]:
-        """In how many steps of a run it makes pairs, and in how many it uses older ones."""
-        return (len(sigmas), 0)
+    def phases_in(self, sigmas: list[float]) -> list[str]:
+        """The phase of each step of a run, or :data:`PLAIN`."""
+        return [""] * len(sigmas)
+
+    def place(self, phase: str) -> int:
+        """The step of a run of :data:`USUAL_STEPS` at whose noise level this phase is measured: inside its part."""
+        phases = self.phases_in(self.host.sigmas(USUAL_STEPS))
+        steps = [step for step, at in enumerate(phases) if part_of(at) == part_of(phase)] or range(USUAL_STEPS)
+        return steps[int(_PLACE * len(steps))]
+
+    def label(self, phase: str) -> str:
+        """What a single step of a phase is called."""
+        return f"{self.name}/{phase}" if phase else self.name
 
     def made_in_run(self) -> int:
         """In how many steps of the run that has ended it made pairs."""
@@ -87,9 +114,9 @@ class Merged(Method):
         super().__init__(name, host)
         self.config = config
         self.varies = config.threshold is not None
-        sigmas = host.sigmas(USUAL_STEPS)
-        self._session = KeptSession(config, sigmas)
-        self.phases = ("refresh", "reuse") if self.made_in(sigmas)[1] else ("refresh",)
+        phases = dict.fromkeys(phase for length in LENGTHS for phase in self.phases_in(host.sigmas(length)))
+        self.phases = tuple(phase for phase in phases if phase != PLAIN) or ("refresh",)
+        self.release()
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -101,12 +128,16 @@ class Merged(Method):
             detach()
 
     def begin(self, phase: str, sigma: float) -> None:
-        if phase == "refresh":
+        part = part_of(phase)  # each has pairs of its own, whichever is measured first in a round
+        if part not in self._alone:
+            self._alone[part] = KeptSession(self.config, self.host.sigmas(USUAL_STEPS), restarts=True)
+        self._session = self._alone[part]
+        if makes_pairs(phase):
             self._session.reset()
-            if self.host.seen is not None:
+            if sigma in self.host.seen:
                 with self._session.call(self.host.describe(sigma)):  # the latent's size, without which it forgets
                     pass
-                self._session.observe(*self.host.seen)
+                self._session.observe(*self.host.seen[sigma])
 
     def restart(self, sigmas: list[float]) -> None:
         self._session = KeptSession(self.config, sigmas)
@@ -128,20 +159,31 @@ class Merged(Method):
         """What the session passed through, and why."""
         return list(self._session.stats.notes)
 
-    def made_in(self, sigmas: list[float]) -> tuple[int, int]:
-        session = MergeSession(self.config.with_(min_tokens=0, threshold=None), sigmas)
-        x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
-        for sigma in sigmas:  # the policy decides as it does in a model; only drift cannot be known before
-            with session.call(ModelCall(sigma, (8, 8), ("cond",), (0,))):
-                session.merge(Layer("attn1", 0), x)
-        steps = [call.layers["attn1"] for call in session.stats.calls if "attn1" in call.layers]
-        return sum(s.pairings_made for s in steps), sum(s.pairings_reused for s in steps)
+    def phases_in(self, sigmas: list[float]) -> list[str]:
+        return list(_phases_in(self.config, tuple(sigmas)))
 
     def made_in_run(self) -> int:
         return sum(any(s.pairings_made for s in call.layers.values()) for call in self._session.stats.calls)
 
     def release(self) -> None:
+        self._alone: dict[str, KeptSession] = {}  # by the part of the run whose single steps it is measured in
         self._session = KeptSession(self.config, self.host.sigmas(USUAL_STEPS))
+
+
+@cache
+def _phases_in(config: MergeConfig, sigmas: tuple[float, ...]) -> tuple[str, ...]:
+    """The phase of each step: the policy decides as it does in a model; only drift cannot be known before."""
+    session = MergeSession(config.with_(min_tokens=0, threshold=None), sigmas)
+    x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
+    phases = []
+    for sigma in sigmas:
+        with session.call(ModelCall(sigma, (8, 8), ("cond",), (0,))):
+            session.merge(Layer("attn1", 0), x)
+        layer = session.stats.calls[-1].layers.get("attn1")
+        kind = "refresh" if layer and layer.pairings_made else "reuse" if layer and layer.pairings_reused else PLAIN
+        early = kind != PLAIN and config.early is not None and sigma > config.early_sigma
+        phases.append(f"early {kind}" if early else kind)
+    return tuple(phases)
 
 
 class Stacked(Method):

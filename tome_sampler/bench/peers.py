@@ -107,7 +107,7 @@ class CaTome(_Peer):
 
     def restart(self, sigmas: list[float]) -> None:
         super().restart(sigmas)
-        self._alone, self._made = None, self.made_in(sigmas)[0]
+        self._alone, self._made = None, self.phases_in(sigmas).count("refresh")
 
     def made_in_run(self) -> int:
         return self._made
@@ -118,9 +118,8 @@ class CaTome(_Peer):
                 module.inference_step = step + 1 if self._alone is None else self._alone  # type: ignore[assignment]
         return super().call(inputs, sigma, step)
 
-    def made_in(self, sigmas: list[float]) -> tuple[int, int]:
-        made = sum(step == 1 or step in self._list for step in range(1, len(sigmas) + 1))
-        return made, len(sigmas) - made
+    def phases_in(self, sigmas: list[float]) -> list[str]:
+        return ["refresh" if step == 1 or step in self._list else "reuse" for step in range(1, len(sigmas) + 1)]
 
 
 def threshold_for(ratio: float, host: Host, inputs: Inputs) -> float:

@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--matched",
         metavar="CURVE",
-        help="which settings of ours are compared with others at their speed, such as default:threshold=None "
-        "(default: those that differ in their ratio alone and are the most)",
+        help="which settings of ours are compared with others at their speed: 'ours', presets that differ only in how "
+        "much they merge, or such as ours:proportional=False (default: the curve with the most points)",
     )
     out.add_argument("--against", metavar="METHOD", help="also all methods' figures less this one's")
     real = parser.add_argument_group("for real checkpoints: weights that you have; nothing is downloaded")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from tome_sampler.eval.measure import Plan, measure, parts_of
-from tome_sampler.eval.methods import read_methods
+from tome_sampler.eval.methods import OURS, read_methods
 from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.plot import plot, plotter
 from tome_sampler.eval.processes import Processes
 from tome_sampler.eval.prompts import cases, held_out_captions, read_prompts
-from tome_sampler.eval.report import OURS, conditions, report
+from tome_sampler.eval.report import conditions, report
 from tome_sampler.eval.rows import check_rows, read_rows, write_whole
 from tome_sampler.eval.sheet import sheet
 from tome_sampler.eval.summary import points

@@ -25,11 +25,15 @@ DEFAULT = ",".join(
         *(f"tomesd:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
         *(f"ca-tome:r={threshold}" for threshold in (0.9, 0.7)),
         *(f"importance:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
-        *(f"default:ratio={ratio},threshold=None" for ratio in (0.3, 0.5, 0.7)),
-        *("quality", "default", "fast", "plain:other_seed=1"),
+        *("quality:threshold=0.98,early_ratio=0.3", "quality:threshold=0.98", "quality", "default", "fast"),
+        *("fast:ratio=0.82,threshold=None,stride=3,early_ratio=0.984", "plain:other_seed=1"),
     )
 )
 PEERS = ("tomesd", "ca-tome")
+PAPERS = ("tomesd", "ca_tome", "importance")  # presets that reproduce them
+OURS = tuple(name for name in PRESETS if name not in PAPERS)
+_AMOUNTS = ("ratio", "r", "threshold", "floor", "early_ratio", "stride")
+"""Fields that say how much is merged, and what allows for it."""
 BASELINES = ("other_seed", "more_steps")
 """What plain may be compared with itself by: a seed so much further, or so many more steps."""
 
@@ -69,10 +73,9 @@ class Method:
         """What settings of a method that differ only in how much is merged have in common."""
         rest = []
         for piece in filter(None, self.setting.split(",")):
-            name, _, value = piece.partition("=")
-            if name not in ("ratio", "r") and (name != "threshold" or value == "None"):
+            if piece.partition("=")[0] not in _AMOUNTS:
                 rest.append(piece)
-        return ":".join(filter(None, (self.name, ",".join(rest))))
+        return ":".join(filter(None, ("ours" if self.name in OURS else self.name, ",".join(rest))))
 
     def draw(
         self,

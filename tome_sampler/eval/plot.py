@@ -6,7 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from tome_sampler.eval.report import OURS, curves
+from tome_sampler.eval.methods import OURS
+from tome_sampler.eval.report import curves
 from tome_sampler.eval.summary import Point
 
 PANELS = (("psnr", "PSNR to plain, dB"), ("ssim", "SSIM to plain"), ("error_inside", "error inside named objects"))

@@ -7,13 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from tome_sampler.config import PRESETS
-from tome_sampler.eval.methods import PEERS
+from tome_sampler.eval.methods import OURS, PAPERS, PEERS
 from tome_sampler.eval.rows import Row
 from tome_sampler.eval.summary import PROPERTIES, Estimate, Match, Point, estimate, match
 
-PAPERS = ("tomesd", "ca_tome", "importance")
-OURS = tuple(name for name in PRESETS if name not in PAPERS)
 _EMPTY = ""
 
 

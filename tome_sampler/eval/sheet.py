@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tome_sampler.eval.measure import Plan
-from tome_sampler.eval.methods import Method
+from tome_sampler.eval.methods import OURS, Method
 from tome_sampler.eval.prompts import Case
-from tome_sampler.eval.report import OURS
 from tome_sampler.eval.rows import Row
 from tome_sampler.overlay import to_bytes
 

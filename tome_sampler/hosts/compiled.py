@@ -1,8 +1,8 @@
 """Merging inside ``torch.compile``: deciding, matching and merging are operators that the compiler does not look into.
 
 New pairs, new importance and another noise level then need no new graph, and nothing of ours breaks one. That takes
-lengths that are known beforehand, so it holds for a fixed ratio over a whole run; with a threshold, or a start or an
-end, merging works too, but each merged layer breaks the graph.
+lengths that are known beforehand, so it holds for a fixed ratio: one graph for a whole run, or two if more is merged in
+its early part. With a threshold, or a start or an end, merging works too, but each merged layer breaks the graph.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Compiled:
         if m is None:
             found = self.merge_now(number, x, metric)
         else:
-            found = _merge(x, x if metric is None else metric, self.number, number, m)
+            found = _merge(x, x if metric is None else metric, self.number, number, m, self.session.early)
         if found is None:
             return None
         merged, sizes, row = found
@@ -213,10 +213,11 @@ def _too_short(run: int, n: int, channels: int, dtype: torch.dtype, device: str)
     return _at_work[run].session.too_short(n, channels, dtype, device)
 
 
-def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int, early: bool) -> tuple[Tensor, Tensor, Tensor]:
     compiled = _at_work.get(run)
     if compiled is None:
         raise RuntimeError("a model that was compiled while tokens were merged runs after that: compile it anew")
+    compiled.session.merge_as(early)
     found: tuple[Tensor, Tensor, Tensor] | None = compiled.merge_now(number, x, metric)
     if found is None or found[0].shape[1] != m:
         name = compiled.layers[number].name
@@ -224,7 +225,7 @@ def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple
     return found
 
 
-def _merge_fake(x: Tensor, metric: Tensor, run: int, number: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_fake(x: Tensor, metric: Tensor, run: int, number: int, m: int, early: bool) -> tuple[Tensor, Tensor, Tensor]:
     b, n, c = x.shape
     return x.new_empty(b, m, c), x.new_empty(b, m, dtype=torch.float32), x.new_empty(b * n, dtype=torch.int32)
 
