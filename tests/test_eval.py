@@ -106,7 +106,8 @@ def test_a_row_for_each_method_prompt_and_seed(written: Path) -> None:
     plain, half = (next(r for r in found if r["method"] == name) for name in ("plain", "tomesd"))
     assert half["merged_fraction"] == 0.5
     assert half["flops"] < plain["flops"]
-    assert next(r for r in found if r["method"] == "default")["merged_fraction"] == 0.5
+    # of two steps, one is early
+    assert next(r for r in found if r["method"] == "default")["merged_fraction"] == (0.75 + 0.5) / 2
     assert [row["seed"] for row in found if row["setting"] == "ratio=0.5"] == [0, NEXT_SEED, 1, 1 + NEXT_SEED]
 
 
@@ -115,7 +116,7 @@ def test_table_plot_sheet_and_pictures_are_written(written: Path) -> None:
     for label in ("tomesd:ratio=0.5", "ca-tome:r=0.5", "default:ratio=0.5,threshold=None,min_tokens=0"):
         assert f"| {label} |" in text
     assert "4 pictures of 2 prompts" in text
-    assert "At the same speed: default:threshold=None,min_tokens=0" in text
+    assert "At the same speed: ours:min_tokens=0" in text
     for name in ("p.png", "s.png"):
         with Image.open(written / name) as image:
             assert image.width > 400
@@ -451,7 +452,7 @@ def test_methods_as_they_are_named() -> None:
     methods, notes = read_methods("fast,default:ratio=0.7,threshold=None,tomesd:ratio=0.3,plain:other_seed=2")
     assert [m.label for m in methods][:3] == ["plain", "fast", "default:ratio=0.7,threshold=None"]
     assert methods[2].config.ratio == 0.7  # type: ignore[union-attr]
-    assert [m.curve for m in methods] == ["plain", "fast", "default:threshold=None", "tomesd", "plain:other_seed=2"]
+    assert [m.curve for m in methods] == ["plain", "ours", "ours", "tomesd", "plain:other_seed=2"]
     assert not notes
 
 
@@ -538,16 +539,16 @@ def test_curves_are_compared_at_the_same_speed() -> None:
         "tomesd:ratio=0.5": (1.0, 40.0),
         "tomesd:ratio=0.2": (1.8, 45.0),
         "tomesd:ratio=0.7": (0.5, 30.0),
-        "default:ratio=0.3,threshold=None": (2 / 1.5, 60.0),
-        "default:ratio=0.6,threshold=None": (2 / 2.5, 50.0),
+        "default:ratio=0.3,threshold=None,importance=0": (2 / 1.5, 60.0),
+        "default:ratio=0.6,importance=0,early_ratio=0.9": (2 / 2.5, 50.0),
         "fast": (0.8, 44.0),
     }
     methods, _ = read_methods(",".join(values))
     found = points(methods, [row for m in methods for row in fake_rows(m.label, *values[m.label])])
     assert [round(p.speedup, 2) for p in found] == [1.0, 2.0, 1.11, 4.0, 1.5, 2.5, 2.5]
-    assert set(curves(found)) == {"tomesd", "default:threshold=None", "fast"}
+    assert set(curves(found)) == {"tomesd", "ours:importance=0", "ours"}
     name, pairs = matches(found, None)
-    assert name == "default:threshold=None"
+    assert name == "ours:importance=0"
     by_label = {theirs.method.label: pair for theirs, pair in pairs}
     half = by_label["tomesd:ratio=0.5"]
     assert half is not None
@@ -561,7 +562,7 @@ def test_curves_are_compared_at_the_same_speed() -> None:
     assert slow.faster == pytest.approx(1.5)
     assert by_label["tomesd:ratio=0.7"] is None
     assert "no setting of ours is as fast" in matched_table(pairs)
-    assert match(curves(found)["fast"], found[1]) is not None
+    assert match(curves(found)["ours"], found[1]) is not None
     assert table(found).count("\n") == 8
     less = differences(found, "fast")
     assert "| tomesd:ratio=0.5 | 2.00x | 50% | -4.0 [" in less

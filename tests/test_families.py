@@ -17,7 +17,7 @@ from tome_sampler import MergeConfig, merging
 from tome_sampler.hosts.families import FAMILIES, mergeable
 from tome_sampler.positions import position_features
 
-FIXED = MergeConfig(min_tokens=0, threshold=None)
+FIXED = MergeConfig(min_tokens=0, threshold=None, early_ratio=None)
 TEXT = {
     name: torch.randn(2, 5, pipelines.TEXT, generator=torch.Generator().manual_seed(number))
     for number, name in enumerate(("prompt_embeds", "negative_prompt_embeds"))

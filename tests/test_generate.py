@@ -63,10 +63,10 @@ def test_the_embedded_model_plain_and_merged_and_again_from_the_picture(
         )
         assert made(tmp_path / name) == ["0000-seed7.png", "report.json"]
         assert (pixels(tmp_path / name / "0000-seed7.png") == pixels(tmp_path / f"{name}.png")).all()
-    changed = ["--from-png", str(tmp_path / "0000-seed7.png"), "--preset", "fast:ratio=0.8", "--set", "refresh=always"]
+    changed = ["--from-png", str(tmp_path / "0000-seed7.png"), "--preset", "fast:ratio=0.7", "--set", "refresh=always"]
     assert main(["generate", *changed, "--out", str(tmp_path), "--quiet"]) == 0
     request = read_png(tmp_path / "0001-seed7.png")  # numbers go on
-    assert request.config == MergeConfig.preset("fast", ratio=0.8).with_(refresh=request.config.refresh)  # type: ignore[union-attr]
+    assert request.config == MergeConfig.preset("fast", ratio=0.7).with_(refresh=request.config.refresh)  # type: ignore[union-attr]
     assert request.config.refresh.kind == "always"  # type: ignore[union-attr]
     assert (request.steps, request.size, request.seed) == (3, (64, 64), 7)
 
@@ -115,7 +115,7 @@ def test_a_folder_of_diffusers(folder: Path, tmp_path: Path, way: list[str]) -> 
     common = ["generate", "a b", "--model", str(folder), "--size", "128", "--set", "min_tokens=0", "--quiet"]
     assert main([*common, "--steps", "3", "--compare", "--out", str(tmp_path), *way]) == 0
     row = json.loads((tmp_path / "report.json").read_text())["pictures"][0]
-    assert row["merged_fraction"] >= 0.25
+    assert row["merged_fraction"] >= 0.2
     again = tmp_path / "again"
     assert main(["generate", "--from-png", str(tmp_path / row["merged"]), "--out", str(again), "--quiet"]) == 0
     assert (pixels(again / row["merged"]) == pixels(tmp_path / row["merged"])).all()

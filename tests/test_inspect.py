@@ -21,7 +21,7 @@ from tome_sampler.profiles import read_profile
 from tome_sampler.refresh import Always, SigmaRatio
 
 PROMPT = "a large red ring in the middle on wavy navy"
-CONFIG = MergeConfig(min_tokens=0, threshold=0.9, floor=0.0, importance=0.0)
+CONFIG = MergeConfig(min_tokens=0, threshold=0.9, floor=0.0, early_ratio=None, importance=0.0)
 LAYER = Layer("attn1", 0)
 
 
@@ -79,18 +79,24 @@ def watched(sigma: float, similarity: float, kept: list[float]) -> Watched:
 def test_a_proposal_merges_the_share_and_keeps_pairs_as_long_as_they_last() -> None:
     # sources alike to 0.9 in the first call and to 0.5 in the second; pairs lose 0.1 each time sigma halves
     calls = [watched(8, 0.9, [0.9]), watched(4, 0.5, [0.8, 0.9]), watched(2, 0.5, [0.7, 0.8, 0.9])]
-    config = MergeConfig(ratio=0.5, floor=0.0)
+    config = MergeConfig(ratio=0.5, floor=0.0, early_ratio=None)
     assert merged_share(calls, config, 0.95) == 0
     assert merged_share(calls, config, 0.8) == pytest.approx(0.5 / 3)
     assert merged_share(calls, config, 0.4) == pytest.approx(0.5)
     assert merged_share(calls, config.with_(floor=0.2), 0.95) == pytest.approx(0.2)
-    assert reuse(calls, SigmaRatio(1.5)) == (pytest.approx(0), 1.0)
-    assert reuse(calls, SigmaRatio(4.0)) == (pytest.approx(0.1 / 3), pytest.approx(2 / 3))
+    assert reuse(calls, config, SigmaRatio(1.5)) == (pytest.approx(0), 1.0)
+    assert reuse(calls, config, SigmaRatio(4.0)) == (pytest.approx(0.1 / 3), pytest.approx(2 / 3))
     found = propose(calls, config, 0.16, 0.04)
     assert found.config.threshold == 0.9
     assert found.config.refresh == SigmaRatio(4.0)
     assert propose(calls, config, 0.4, 0.5).config.threshold == 0.5
     assert propose(calls, config, 0.4, -1.0).config.refresh == Always()
+    # with an early part the first call, which no threshold acts in, is left out, and pairs do not outlive it
+    early = config.with_(early_ratio=0.75, early_sigma=6.0)
+    assert propose(calls, early, 0.16, 0.04).config.threshold == 0.5
+    assert reuse(calls, early, SigmaRatio(4.0)) == (pytest.approx(0.1 / 3), pytest.approx(2 / 3))
+    assert reuse(calls, early, SigmaRatio(12.0))[1] == pytest.approx(2 / 3)
+    assert reuse(calls, config, SigmaRatio(12.0))[1] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="the share to merge is"):
         propose(calls, config, 0.6, 0.1)
     with pytest.raises(ValueError, match="nothing to tune"):

@@ -30,7 +30,7 @@ from tome_sampler import MergeConfig, MergeSession, ModelCall, apply_patch, merg
 from tome_sampler.hosts import modules as hosts
 from tome_sampler.hosts.pipelines import _NoiseLevels
 
-FIXED = MergeConfig(min_tokens=0, threshold=None)
+FIXED = MergeConfig(min_tokens=0, threshold=None, early_ratio=None)
 SIDE = 128  # pixels: 16 x 16 tokens at the finest attention
 
 

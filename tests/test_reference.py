@@ -122,7 +122,8 @@ def test_our_presets(grid: tuple[int, int], preset: str, informed: bool, search:
     config = MergeConfig.preset(preset, min_tokens=0, search=search)
     assert SIGMAS[EARLY] > config.early_sigma > SIGMAS[LATE]
     pairing, _ = run(config, x, grid, importance, step=EARLY if early else LATE)
-    assert config.threshold is not None and config.early_ratio is not None
+    assert config.threshold is not None
+    assert config.early_ratio is not None
     near = 1 if search == "local" else 99
     counts = set()
     for row in range(6):
@@ -152,7 +153,9 @@ def test_features_that_agree_to_the_floor_and_to_the_ceiling() -> None:
         assert pairing.size.shape[1] == 64 - int(64 * share)
 
 
-@pytest.mark.parametrize("changes", [{"ratio": 0.0}, {"end": 0.0}, {"threshold": 1.0, "floor": 0.0, "early_ratio": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{"ratio": 0.0}, {"end": 0.0}, {"threshold": 1.0, "floor": 0.0, "early_ratio": 0.0}]
+)
 def test_nothing_to_merge_gives_no_pairing(changes: dict[str, Any]) -> None:
     session = MergeSession(MergeConfig(min_tokens=0, **changes), [*SIGMAS, 0.0])
     with session.call(ModelCall(SIGMAS[3], (8, 8), ("cond",), (0,))):

@@ -29,7 +29,7 @@ def karras(steps: int, high: float = 14.6, low: float = 0.03) -> list[float]:
 def steps_made(policy: Refresh, sigmas: list[float]) -> list[int]:
     """The calls, from 0, at which a session that gets them at `sigmas` makes new pairs."""
     schedule = [*sorted(sigmas, reverse=True), 0.0]
-    session = MergeSession(MergeConfig(refresh=policy, min_tokens=0, threshold=None), schedule)
+    session = MergeSession(MergeConfig(refresh=policy, min_tokens=0, threshold=None, early_ratio=None), schedule)
     made = []
     for step, sigma in enumerate(sigmas):
         with session.call(ModelCall(sigma, (4, 4), ("cond",), (0,))):

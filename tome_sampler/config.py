@@ -172,6 +172,10 @@ class MergeConfig:
         stride = max(math.ceil((1 - self.early_ratio) ** -0.5 - 1e-9), 2)
         return self.with_(ratio=self.early_ratio, threshold=None, stride=stride, early_ratio=None)
 
+    def is_early(self, sigma: float) -> bool:
+        """Whether a noise level lies in a run's early part, where :attr:`early` holds."""
+        return self.early is not None and sigma > self.early_sigma
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MergeConfig:
         """A named configuration, with some fields replaced.

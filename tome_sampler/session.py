@@ -168,7 +168,7 @@ class MergeSession:
         if call.latent_size != self._latent_size:
             self._forget_size(call.latent_size)
         self._call, self._moment = call, moment
-        self.early = self._as_early = self._is_early(moment)
+        self.early = self._as_early = moment is not None and self.config.is_early(moment.sigma)
         self._calls += 1
         self._seen.clear()
         self._cells.clear()
@@ -316,9 +316,6 @@ class MergeSession:
         if self._prunes(made_at) != self._prunes(now) or cached.early != self._as_early:
             return True
         return self.config.refresh.due(made_at, now, cached.drift)
-
-    def _is_early(self, moment: Moment | None) -> bool:
-        return self.config.early is not None and moment is not None and moment.sigma > self.config.early_sigma
 
     def _now(self, early: bool) -> MergeConfig:
         """What holds in a part of the run."""

@@ -29,8 +29,8 @@ class Proposal:
 
 
 def propose(calls: Sequence[Watched], config: MergeConfig, share: float, loss: float) -> Proposal:
-    """The highest threshold (of hundredths) that merges at least `share` of the tokens, over all layers and calls, and
-    the longest-lived pairs that lose at most `loss` of similarity.
+    """The highest threshold (of hundredths) that merges at least `share` of the tokens, over all layers and the calls
+    that a threshold holds in, and the longest-lived pairs that lose at most `loss` of similarity.
 
     Args:
         share: 0 .. the configuration's ratio. loss: of cosine similarity, 0 .. 2.
@@ -42,9 +42,10 @@ def propose(calls: Sequence[Watched], config: MergeConfig, share: float, loss: f
         raise ValueError("nothing was merged in this run, so there is nothing to tune")
     if not 0 < share <= config.ratio:
         raise ValueError(f"the share to merge is {share:g}; it must be above 0 and at most the ratio, {config.ratio:g}")
-    thresholds = [(t / 100, merged_share(calls, config, t / 100)) for t in range(100)]
+    later = [call for call in calls if not config.is_early(call.sigma)] or calls
+    thresholds = [(t / 100, merged_share(later, config, t / 100)) for t in range(100)]
     enough = [t for t, merged in thresholds if merged >= share - 1e-9]
-    refreshes = [(ratio, *reuse(calls, SigmaRatio(ratio))) for ratio in RATIOS]
+    refreshes = [(ratio, *reuse(calls, config, SigmaRatio(ratio))) for ratio in RATIOS]
     good = [ratio for ratio, lost, _ in refreshes if lost <= loss]
     refresh: Refresh = SigmaRatio(max(good)) if good else Always()
     return Proposal(config.with_(threshold=max(enough, default=0.0), refresh=refresh), thresholds, refreshes)
@@ -63,16 +64,18 @@ def merged_share(calls: Sequence[Watched], config: MergeConfig, threshold: float
     return merged / tokens
 
 
-def reuse(calls: Sequence[Watched], refresh: SigmaRatio) -> tuple[float, float]:
+def reuse(calls: Sequence[Watched], config: MergeConfig, refresh: SigmaRatio) -> tuple[float, float]:
     """What keeping pairs by a policy loses in mean similarity against new ones in each call, and the share of calls
-    with new ones."""
+    with new ones, where the run's early part ends among them."""
     lost: list[float] = []
     made = 0
     for name in dict.fromkeys(name for call in calls for name in call.layers):
         seen = [(call.sigma, call.layers[name].kept) for call in calls if name in call.layers]
         since = 0
         for now, (sigma, kept) in enumerate(seen):
-            if now == 0 or seen[since][0] >= sigma * refresh.ratio * (1 - 1e-6) or seen[since][0] < sigma * (1 - 1e-3):
+            made_at = seen[since][0]
+            due = made_at >= sigma * refresh.ratio * (1 - 1e-6) or made_at < sigma * (1 - 1e-3)
+            if now == 0 or due or config.is_early(made_at) != config.is_early(sigma):
                 since, made = now, made + 1
             lost.append(kept[now] - kept[since])
     return sum(lost) / len(lost), made / len(lost)
