@@ -341,6 +341,8 @@ def _root_of(model: Any) -> nn.Module:
 
 def _others(root: nn.Module) -> list[MergeSession]:
     """Sessions at work on any part of a module tree."""
+    if not _attached:
+        return []
     parts = set(root.modules())
     return [
         a.session for other, stack in _attached.items() if other in parts or root in set(other.modules()) for a in stack
