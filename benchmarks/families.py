@@ -23,7 +23,7 @@ import pipelines
 
 from tome_sampler import MergeConfig, merging
 
-HALF = MergeConfig(threshold=None, min_tokens=0)
+HALF = MergeConfig(threshold=None, early_ratio=None, min_tokens=0)
 
 
 def text() -> dict[str, Any]:

@@ -22,11 +22,13 @@ from tome_sampler.bench import memory
 from tome_sampler.bench.architectures import ARCHITECTURES, Architecture, build
 from tome_sampler.bench.chosen import EVERYTHING, choose
 from tome_sampler.bench.host import Host
-from tome_sampler.bench.limits import Bound, ZeroOverhead, plan_of, record
-from tome_sampler.bench.methods import Merged, Method
+from tome_sampler.bench.limits import Bound, Plan, Plans, ZeroOverhead, plan_of, record
+from tome_sampler.bench.methods import PLAIN, Merged, Method
 from tome_sampler.bench.parts import profiled
 from tome_sampler.bench.peers import CaTome, TomeSd, threshold_for
 from tome_sampler.bench.rounds import Rounds, rotated
+from tome_sampler.bench.rows import rows_of
+from tome_sampler.bench.timing import Taken
 from tome_sampler.cli import main
 
 KEYS = {
@@ -34,7 +36,8 @@ KEYS = {
     *("share_of_bound", "overhead_refresh", "overhead_reuse", "peak_mb"),
 }
 SIGMA = 2.0
-HALF = MergeConfig(ratio=0.5, threshold=None, min_tokens=0)
+HALF = MergeConfig(ratio=0.5, threshold=None, early_ratio=None, min_tokens=0)
+EARLY = HALF.with_(early_ratio=0.75)  # while sigma is above 3: in the first 7 of 20 steps
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +68,12 @@ def rows(written: tuple[dict[str, Any], str], kind: str) -> dict[str, dict[str, 
 def test_json_has_a_row_for_each_method_with_every_key(written: tuple[dict[str, Any], str]) -> None:
     data, table = written
     assert data.keys() == {"machine", "results"}
-    limits = {"plain", "bound", "zero_overhead", "zero_overhead:tomesd"}  # tomesd's keys do not gain log(size)
-    assert rows(written, "step").keys() == {*limits, "tomesd", "default/refresh", "default/reuse"}
-    assert rows(written, "run").keys() == {*limits, "tomesd", "default"}
-    assert rows(written, "composed").keys() == {"default"}
+    limits = {"plain", "bound", "zero_overhead:tomesd"}  # tomesd's keys do not gain log(size)
+    phases = {f"default/{phase}" for phase in ("early refresh", "early reuse", "refresh", "reuse")}
+    free = {"zero_overhead/early", "zero_overhead/later"}
+    assert rows(written, "step").keys() == {*limits, "tomesd", *phases, *free}
+    assert rows(written, "run").keys() == {*limits, "tomesd", "default", "zero_overhead"}
+    assert rows(written, "composed").keys() == {"default", "zero_overhead"}
     for row in data["results"]:
         assert row.keys() >= KEYS
         assert (row["arch"], row["size"], row["batch"], row["dtype"], row["device"]) == ("tiny", 128, 1, "fp32", "cpu")
@@ -81,9 +86,9 @@ def test_json_has_a_row_for_each_method_with_every_key(written: tuple[dict[str, 
 def test_figures_follow_from_each_other(written: tuple[dict[str, Any], str]) -> None:
     steps, runs = rows(written, "step"), rows(written, "run")
     assert steps["plain"]["speedup"] == runs["plain"]["speedup"] == 1
-    assert steps["zero_overhead"]["share_of_bound"] == 1
-    for name in ("default/refresh", "default/reuse"):
-        phase = name.partition("/")[2]
+    assert steps["zero_overhead/early"]["share_of_bound"] == steps["zero_overhead/later"]["share_of_bound"] == 1
+    for name in ("default/early refresh", "default/early reuse", "default/refresh", "default/reuse"):
+        phase = name.removeprefix("default/").removeprefix("early ")
         assert steps[name]["share_of_bound"] == pytest.approx(1 - steps[name][f"overhead_{phase}"], abs=0.2)
     assert steps["tomesd"]["overhead_reuse"] is None  # it never does
     run = runs["default"]
@@ -99,8 +104,11 @@ def test_steps_that_reuse_pairs_match_nothing(written: tuple[dict[str, Any], str
     assert reuse["merge"] > 0
     assert reuse["unmerge"] > 0
     assert steps["tomesd"]["launches_per_layer"]["matching"] > 0
+    assert steps["default/early reuse"]["launches_per_layer"]["matching"] == 0
     assert steps["default/reuse"]["merged_fraction"] == steps["tomesd"]["merged_fraction"] == 0.5
+    assert steps["default/early reuse"]["merged_fraction"] == 0.75
     assert rows(written, "run")["default"]["steps_with_new_pairs"] == 3  # in three steps, sigma falls fast
+    assert rows(written, "run")["default"]["merged_fraction"] == pytest.approx((0.75 + 2 * 0.5) / 3)
 
 
 class Noted(Method):
@@ -124,6 +132,91 @@ def test_methods_take_turns(host: Host) -> None:
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc" + "abc" + "bca"
     assert {name: len(taken) for name, taken in found.steps.items()} == {"a": 3, "b": 3, "c": 3}
     assert {name: len(taken) for name, taken in found.runs[2].items()} == {"a": 2, "b": 2, "c": 2}
+
+
+class Watched(Merged):
+    """Our merging, which notes each step that is measured alone."""
+
+    def begin(self, phase: str, sigma: float) -> None:
+        super().begin(phase, sigma)
+        self.phase = phase
+
+    def call(self, inputs: tuple[Tensor, Tensor], sigma: float, step: int) -> Tensor:
+        with attention_seen(self.host.model) as seen:
+            out = super().call(inputs, sigma, step)
+        assert inputs[1] == self.host.timestep(sigma)
+        self.noted.add((self.phase, sigma, self.counted()[0] > 0, max(tokens for tokens, _ in seen.values())))
+        return out
+
+
+def test_each_kind_of_step_is_measured_in_its_part_of_the_run(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    sigmas = host.sigmas(20)
+    ours = Watched("default", host, EARLY)
+    ours.noted = set()
+    turns = 7  # plain, two of zero_overhead, four of ours: every one is once the first of its round
+    found = Rounds(host, [Method("plain", host), ours], repeats=turns, steps=[], bound=False).measure(
+        tqdm(disable=True)
+    )
+    assert {len(taken) for taken in found.steps.values()} == {turns}
+    assert sigmas[6] > EARLY.early_sigma > sigmas[7]
+    assert ours.noted == {
+        ("early refresh", sigmas[6], True, 64),
+        ("early reuse", sigmas[6], False, 64),
+        ("refresh", sigmas[8], True, 128),
+        ("reuse", sigmas[8], False, 128),
+    }
+    lengths = {part: {short.shape[1] for short in plan.values()} for part, plan in found.plans["default"].parts.items()}
+    assert lengths == {"early": {64}, "later": {128}}
+    assert Merged("half", host, HALF).phases == ("refresh", "reuse")
+    assert Merged("half", host, HALF).place("refresh") == Method("plain", host).place("") == 8
+
+
+def made_up(host: Host, config: MergeConfig, seconds: dict[str, float]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows by method and number of steps, as if single steps had taken so long."""
+    methods = [Method("plain", host), Merged("default", host, config)]
+    found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
+    assert found.steps.keys() == seconds.keys()
+    found.steps = {name: [Taken(s, s), Taken(2 * s, 2 * s)] for name, s in seconds.items()}
+    return {(row["method"], row["steps"]): row for row in rows_of(found, {})}
+
+
+def test_a_run_is_put_together_of_all_kinds_of_steps_in_it(host: Host) -> None:
+    seconds = {"plain": 10.0, "bound": 1.0, "zero_overhead/early": 2.0, "zero_overhead/later": 5.0}
+    seconds |= {f"default/{phase}": s for phase, s in (("early refresh", 4.0), ("early reuse", 3.0))}
+    seconds |= {f"default/{phase}": s for phase, s in (("refresh", 7.0), ("reuse", 6.0))}
+    found = made_up(host, EARLY, seconds)
+    row, zero = found["default", 20], found["zero_overhead", 20]
+    # of 20 steps 7 are early; of these, two make pairs, and of the rest, four
+    own, free = (2 * 4 + 5 * 3 + 4 * 7 + 9 * 6) / 20, (7 * 2 + 13 * 5) / 20
+    assert row["seconds"] == pytest.approx(1.5 * own)  # the median of two rounds, one twice as long
+    assert zero["seconds"] == pytest.approx(1.5 * free)
+    assert row["speedup"] == pytest.approx(10 / own)
+    assert row["share_of_bound"] == pytest.approx(free / own)
+    assert zero["share_of_bound"] == 1
+    assert found["plain", 1]["share_of_bound"] == pytest.approx(free / 10)
+    assert row["steps_with_new_pairs"] == 6
+    assert row["overhead_refresh"] == pytest.approx((2 * (1 - 2 / 4) + 4 * (1 - 5 / 7)) / 6)
+    assert row["overhead_reuse"] == pytest.approx((5 * (1 - 2 / 3) + 9 * (1 - 5 / 6)) / 14)
+    assert row["merged_fraction"] == pytest.approx((7 * 0.75 + 13 * 0.5) / 20)
+    early, later = found["default/early refresh", 1], found["default/reuse", 1]
+    assert early["share_of_bound"] == pytest.approx(2 / 4)
+    assert early["overhead_refresh"] == pytest.approx(1 - 2 / 4)
+    assert later["share_of_bound"] == pytest.approx(5 / 6)
+    assert later["overhead_reuse"] == pytest.approx(1 - 5 / 6)
+    assert found["default", 50]["seconds"] != row["seconds"]
+
+
+def test_a_run_is_plain_where_nothing_is_merged(host: Host) -> None:
+    seconds = {"plain": 10.0, "bound": 1.0, "zero_overhead": 5.0, "default/refresh": 7.0, "default/reuse": 6.0}
+    found = made_up(host, HALF.with_(end=0.5), seconds)
+    row = found["default", 20]
+    made = row["steps_with_new_pairs"]
+    assert 0 < made < 10
+    own, free = (made * 7 + (10 - made) * 6 + 10 * 10) / 20, (10 * 5 + 10 * 10) / 20
+    assert row["seconds"] == pytest.approx(1.5 * own)
+    assert row["share_of_bound"] == pytest.approx(free / own)
+    assert found["default/reuse", 1]["share_of_bound"] == pytest.approx(5 / 6)
+    assert row["merged_fraction"] == pytest.approx(0.25)
 
 
 @contextmanager
@@ -156,8 +249,10 @@ def test_zero_overhead_does_the_attention_of_its_method_and_no_more(
     with torch.no_grad(), attention_seen(host.model) as merged:
         plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
         seen, _ = record(ours, inputs, SIGMA, 0)
-    plan = plan_of(seen, plain)
-    zero, bound = ZeroOverhead("zero_overhead", host, plan), Bound("bound", host, plan)
+    plans = Plans({"later": plan_of(seen, plain)})
+    zero, bound = ZeroOverhead("zero_overhead", ours, plans), Bound("bound", ours, plans)
+    for limit in (zero, bound):
+        limit.begin("", SIGMA)
     for owner, name in ((MergeSession, "merge"), (Pairing, "merge"), (Pairing, "unmerge")):
         monkeypatch.delattr(owner, name)  # neither may be needed
     with torch.no_grad(), attention_seen(host.model) as free, zero.on():
@@ -171,12 +266,64 @@ def test_zero_overhead_does_the_attention_of_its_method_and_no_more(
     assert {tokens for tokens, _ in left.values()} == {64}  # the merged layers do not even project
 
 
-def everything(host: Host, inputs: tuple[Tensor, Tensor]) -> list[Method]:
+def plan_in(method: Method, phase: str, sigma: float) -> Plan:
+    """What a method makes of a step."""
+    host = method.host
+    inputs = host.inputs(host.noise * sigma, sigma)
+    plain, _ = record(Method("plain", host), inputs, sigma, 0)
+    method.begin(phase, sigma)
+    return plan_of(record(method, inputs, sigma, 0)[0], plain)
+
+
+@torch.no_grad()
+def test_limits_follow_the_parts_of_a_run(host: Host) -> None:
+    ours, sigmas = Merged("default", host, EARLY), host.sigmas(5)
+    plans = Plans({"early": plan_in(ours, "early refresh", 9.0), "later": plan_in(ours, "refresh", SIGMA)})
+    zero, bound = ZeroOverhead("zero_overhead", ours, plans), Bound("bound", ours, plans)
+    assert zero.phases == ("early", "later")
+    assert bound.phases == ("",)  # the same layers in both
+    for method in (ours, zero, bound):
+        method.restart(sigmas)
+    lengths = []
+    for step, sigma in enumerate(sigmas):
+        seen = []
+        for method in (ours, zero, bound):
+            with method.on(), attention_seen(host.model) as layers:
+                method.call(host.inputs(host.noise * sigma, sigma), sigma, step)
+            seen.append(layers)
+        assert seen[0] == seen[1]
+        assert {tokens for tokens, _ in seen[2].values()} == {64}  # the coarse level's
+        lengths.append(sum(tokens == 128 for tokens, _ in seen[0].values()))
+    merged = len(plans.parts["later"])
+    assert lengths == [0, 0, merged, merged, merged]
+
+
+def test_lengths_that_depend_on_the_picture_are_found_for_each_step(host: Host) -> None:
+    methods = [Method("plain", host), Merged("default", host, EARLY.with_(threshold=1.0, floor=0.25))]
+    found = Rounds(host, methods, repeats=1, steps=[5], bound=False).measure(tqdm(disable=True))
+    plans = found.plans["default"].runs[5]
+    assert [{short.shape[1] for short in plan.values()} for plan in plans] == [{64}, {64}, {192}, {192}, {192}]
+    row = next(row for row in rows_of(found, {}) if row["kind"] == "run" and row["method"] == "default")
+    assert row["merged_fraction"] == pytest.approx((2 * 0.75 + 3 * 0.25) / 5)
+    assert "what default merge depends on the picture" in " ".join(found.notes)
+
+
+@torch.no_grad()
+def test_methods_share_a_limit_only_if_it_does_the_same_in_a_run(host: Host) -> None:
+    def zero(config: MergeConfig) -> Any:
+        ours = Merged("ours", host, config)
+        plans = Plans({"early": plan_in(ours, "early refresh", 9.0), "later": plan_in(ours, "refresh", 0.5)})
+        return ZeroOverhead("zero_overhead", ours, plans).work_in_runs([4])
+
+    assert zero(EARLY) == zero(EARLY.with_(seed=1))
+    assert zero(EARLY) != zero(EARLY.with_(early_sigma=1.0))
+    assert zero(EARLY) != zero(EARLY.with_(early_ratio=0.6))
+
+
+def everything(host: Host) -> list[Method]:
     methods = [Merged("default", host, HALF), Merged("ca_tome", host, HALF.with_(metric="block", proportional=False))]
-    plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
-    methods[0].begin("refresh", SIGMA)
-    plan = plan_of(record(methods[0], inputs, SIGMA, 0)[0], plain)
-    return [*methods, Bound("bound", host, plan), ZeroOverhead("zero_overhead", host, plan)]
+    plans = Plans({"later": plan_in(methods[0], "refresh", SIGMA)})
+    return [*methods, Bound("bound", methods[0], plans), ZeroOverhead("zero_overhead", methods[0], plans)]
 
 
 @torch.no_grad()
@@ -184,7 +331,7 @@ def test_methods_leave_the_model_as_it_was_and_keep_what_they_know(host: Host, i
     pytest.importorskip("tomesd")
     pytest.importorskip("ca_tome")
     methods = [
-        *everything(host, inputs),
+        *everything(host),
         TomeSd("tomesd", host, {"ratio": 0.5}),
         CaTome("ca-tome", host, {"r": threshold_for(0.5, host, inputs)}),
     ]
@@ -209,31 +356,37 @@ def test_ca_tome_merges_as_much_as_it_is_asked_to_and_keeps_its_pairs(
 ) -> None:
     pytest.importorskip("ca_tome")
     method = CaTome("ca-tome", host, {"r": threshold_for(0.5, host, inputs), "use_rand": False})
-    plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
-    method.begin("refresh", SIGMA)
-    plan = plan_of(record(method, inputs, SIGMA, 0)[0], plain)
+    plan = plan_in(method, "refresh", SIGMA)
     kept = sum(short.shape[1] for short in plan.values()) / sum(short.tokens for short in plan.values())
     assert kept == pytest.approx(0.5, abs=0.1)
-    method.begin("reuse", SIGMA)
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "argsort", None)  # matching sorts; reuse must not
-        assert plan_of(record(method, inputs, SIGMA, 0)[0], plain).keys() == plan.keys()
-    assert method.made_in([1.0] * 20) == (5, 15)  # steps 1, 8, 11, 13 and 20
+        assert plan_in(method, "reuse", SIGMA).keys() == plan.keys()
+    phases = method.phases_in([1.0] * 20)
+    assert [step for step, phase in enumerate(phases, 1) if phase == "refresh"] == [1, 8, 11, 13, 20]
+    assert phases.count("reuse") == 15
 
 
-def test_a_run_makes_pairs_as_often_as_the_policy_says(host: Host) -> None:
-    ours = Merged("default", host, HALF)
+@pytest.mark.parametrize("config", [HALF, EARLY, EARLY.with_(start=0.1, end=0.8)])
+def test_a_run_makes_pairs_as_often_as_the_policy_says(host: Host, config: MergeConfig) -> None:
+    ours = Merged("default", host, config)
     sigmas = host.sigmas(20)
     assert sigmas == sorted(sigmas, reverse=True)
     ours.restart(sigmas)
+    phases = ours.phases_in(sigmas)
     with torch.no_grad():
         for step, sigma in enumerate(sigmas):
-            with ours.on():
+            with ours.on(), attention_seen(host.model) as seen:
                 ours.call(host.inputs(host.noise * sigma, sigma), sigma, step)
-    made, reused = ours.made_in(sigmas)
-    assert ours.made_in_run() == made
-    assert made + reused == 20
-    assert 1 < made < 20
+            made, reused = ours.counted()
+            kind = "refresh" if made else "reuse" if reused else PLAIN
+            lengths = {"early": [64, 64], "refresh": [64, 128], "reuse": [64, 128], PLAIN: [64, 256]}
+            first = phases[step].partition(" ")[0]
+            assert phases[step] == (f"early {kind}" if first == "early" else kind)
+            assert sorted({tokens for tokens, _ in seen.values()}) == sorted(set(lengths[first]))
+    assert ours.made_in_run() == sum(phase.endswith("refresh") for phase in phases)
+    assert 1 < ours.made_in_run() < 20
+    assert set(phases) == {*ours.phases, *([PLAIN] if config.end < 1 else [])}
     assert Merged("always", host, HALF.with_(refresh=MergeConfig.preset("importance").refresh)).phases == ("refresh",)
 
 
@@ -380,9 +533,11 @@ def test_sdxl_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host("mini", mini, build("mini", torch.bfloat16, torch.device("cpu"), seed=0), size=128, batch=2)
     methods = [Method("plain", host), Merged("default", host, HALF)]
     found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
-    assert {short.tokens for short in found.plans["default"].values()} == {64}  # its finest attention is at half size
-    assert all(short.shape == (4, 32, 32) for short in found.plans["default"].values())
-    assert all(torch.isfinite(half).all() for half in host.seen)
+    assert {short.tokens for short in found.plans["default"].parts["later"].values()} == {
+        64
+    }  # its finest attention is at half size
+    assert all(short.shape == (4, 32, 32) for short in found.plans["default"].parts["later"].values())
+    assert all(torch.isfinite(half).all() for halves in host.seen.values() for half in halves)
 
 
 @pytest.mark.parametrize("single", [True, False])

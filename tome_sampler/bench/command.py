@@ -6,11 +6,14 @@ Methods, in turn within each round:
   zero_overhead  the merged layers are given ready-made short sequences: matching, merging and unmerging cost nothing
   tomesd         the package tomesd; ca-tome: the package ca-tome, with pairs made (/refresh) and reused (/reuse)
   default ...    any preset of ours, e.g. ca_tome, quality, fast: NAME/refresh makes pairs in this step, NAME/reuse uses
-                 those of the step before, NAME is the mix of both in a run. Fields after a colon: default:ratio=0.7
+                 those of the step before, NAME is the mix of both in a run. Fields after a colon: default:ratio=0.7.
+                 With an early_ratio, steps above early_sigma are NAME/early refresh and NAME/early reuse, NAME is the
+                 mix of all four, and zero_overhead is measured /early and /later, and mixed as its method is
   deepcache, hypertile, PRESET+deepcache   for comparison, if these packages are installed
 
 plain and zero_overhead are always measured: all figures are relative to them. Models have the published layouts and
-random weights, on which a similarity means nothing: there, presets merge --ratio of the tokens, without a threshold.
+random weights, on which a similarity means nothing: there, presets merge --ratio of the tokens, without a threshold,
+and before early_sigma their early_ratio as always; default:early_ratio=None merges the same in all of a run.
 "embedded" is the small trained model of the demonstration; it runs the presets as they are.
 
 examples:

@@ -36,8 +36,8 @@ Plan = dict[str, Short]
 
 @dataclass(frozen=True)
 class Plans:
-    """What a method makes of its calls. parts: in each part of a run. runs: in each step of whole runs, by their length,
-    where it depends on the picture."""
+    """What a method makes of its calls. parts: in each part of a run. runs: in each step of whole runs, by their
+    length, where it depends on the picture."""
 
     parts: dict[str, Plan] = field(default_factory=dict)
     runs: dict[int, list[Plan]] = field(default_factory=dict)

@@ -40,7 +40,7 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
             if not architecture.trained:
                 notes.append(
                     f"{name} has random weights: similarities mean nothing, so presets merge {settings.ratio:g} of the "
-                    "tokens, without a threshold"
+                    "tokens, without a threshold; above early_sigma their early_ratio, where they have one"
                 )
             sizes = settings.sizes if architecture.size is None else (architecture.size,)
             for size, batch in itertools.product(sizes, settings.batches):

@@ -21,7 +21,7 @@ LENGTHS = (USUAL_STEPS, 50)
 """Of the runs that single steps are put together to."""
 PLAIN = "plain"
 """The phase of a step in which a method leaves the model as it is."""
-_PLACE = 2 / 5  # of a part of the run, where its single steps are measured
+_PLACE = int(2 / 5 * USUAL_STEPS)  # the step of this run at whose noise level single steps are measured
 
 Inputs = tuple[Tensor, Tensor]
 
@@ -76,10 +76,11 @@ class Method:
         return [""] * len(sigmas)
 
     def place(self, phase: str) -> int:
-        """The step of a run of :data:`USUAL_STEPS` at whose noise level this phase is measured: inside its part."""
+        """The step of a run of :data:`USUAL_STEPS` at whose noise level this phase is measured: the same for all
+        methods, or the nearest one in the phase's part of the run."""
         phases = self.phases_in(self.host.sigmas(USUAL_STEPS))
-        steps = [step for step, at in enumerate(phases) if part_of(at) == part_of(phase)] or range(USUAL_STEPS)
-        return steps[int(_PLACE * len(steps))]
+        steps = [step for step, at in enumerate(phases) if part_of(at) == part_of(phase)]
+        return min(steps, key=lambda step: abs(step - _PLACE), default=_PLACE)
 
     def label(self, phase: str) -> str:
         """What a single step of a phase is called."""

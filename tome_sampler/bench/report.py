@@ -85,7 +85,10 @@ def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"load {machine['load'][0]} to {machine['load'][1]}. seconds: {machine['clock']} of one model call, median ± "
         "interquartile range; speed-up: to plain, paired within rounds; share of bound: zero_overhead's seconds over "
         "its own; overhead: the part of a step that zero_overhead does not have. A method without /refresh or /reuse "
-        "is a run of so many steps as its policy mixes them: measured if it says run, else put together from the two. "
+        "is a run of so many steps as its policy mixes them: measured if it says run, else put together from single "
+        "steps, each kind as often as it occurs. Where a method merges another fraction early in a run, its steps "
+        "above early_sigma are /early refresh and /early reuse, and those of its limits /early and /later; a run's "
+        "overheads are means over its steps that make pairs, and over those that reuse them. "
         f"{machine['memory']}.",
         "",
         *(f"- {note}" for note in machine["notes"]),
@@ -151,9 +154,10 @@ def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
             for label in labels:  # a colour for each method, a line style for each of its kinds of step
                 base, _, phase = label.partition("/")
                 colour = pyplot.get_cmap("tab20")(bases.index(base) % 20)
-                style = {"refresh": "--", "reuse": ":"}.get(phase, "-")
+                style = {"": "-", "reuse": ":"}.get(phase.rpartition(" ")[2], "--")
+                marker = "s" if phase.startswith("early") else "o"
                 points = sorted((row["size"], row["speedup"]) for row in shown if _label(row) == label)
-                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour, label=label)
+                axes.plot(*zip(*points, strict=True), style, marker=marker, markersize=4, color=colour, label=label)
             axes.set_xticks(sizes)
             axes.set_xlabel("pixels a side")
             axes.set_ylabel("speed-up over plain")

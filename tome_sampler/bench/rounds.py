@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tome_sampler.bench.host import Host
-from tome_sampler.bench.limits import Bound, Limit, Plan, Seen, ZeroOverhead, plan_of, record, signature
-from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method
+from tome_sampler.bench.limits import Bound, Limit, Plan, Plans, Seen, ZeroOverhead, plan_of, record
+from tome_sampler.bench.methods import USUAL_STEPS, Inputs, Merged, Method, makes_pairs, part_of
 from tome_sampler.bench.parts import Cost, profiled, seconds_in_parts
 from tome_sampler.bench.timing import Taken, take
 
 T = TypeVar("T")
-_PLACE = 2 / 5  # of a run, where single steps are measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Turn:
 
     @property
     def name(self) -> str:
-        return f"{self.method.name}/{self.phase}" if self.phase else self.method.name
+        return self.method.label(self.phase)
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Findings:
     runs: dict[int, dict[str, list[Taken]]] = field(default_factory=dict)  # by number of steps, and method
     made: dict[int, dict[str, int]] = field(default_factory=dict)  # steps of these runs that made pairs
     costs: dict[str, Cost] = field(default_factory=dict)  # by turn
-    plans: dict[str, Plan] = field(default_factory=dict)  # by method
-    limits: dict[str, tuple[str | None, str]] = field(default_factory=dict)  # a method's bound and zero_overhead
+    plans: dict[str, Plans] = field(default_factory=dict)  # by method
+    limits: dict[str, tuple[Bound | None, ZeroOverhead]] = field(default_factory=dict)  # by method
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,15 +67,14 @@ class Rounds:
     def __init__(self, host: Host, methods: list[Method], *, repeats: int, steps: Sequence[int], bound: bool) -> None:
         self.found = Findings(host, list(methods))
         self._host, self._repeats, self._lengths, self._bound = host, repeats, steps, bound
-        self._sigma = host.sigmas(USUAL_STEPS)[int(_PLACE * USUAL_STEPS)]
-        self._plans_of_runs: dict[str, dict[int, list[Plan]]] = {}
+        self._inputs: dict[int, Inputs] = {}  # by the step of the usual run
 
     @torch.no_grad()
     def measure(self, bar: tqdm[Any]) -> Findings:
         """A warm-up round, timed rounds, two rounds that look inside, whole runs."""
         self._bar, found = bar, self.found
         bar.total = sum(len(m.phases) for m in found.methods) + self._calls_to_come()
-        self._inputs = self._host.inputs(self._latent(), self._sigma)
+        self._prepare({m.place(phase) for m in found.methods for phase in m.phases})
         self._warm_up()
         self._add_limits()
         bar.total = bar.n + self._calls_to_come()
@@ -98,49 +97,64 @@ class Rounds:
         methods = self.found.methods
         turns = sum(len(m.phases) for m in methods)
         merging = sum(len(m.phases) for m in methods if m.merges)
-        limits = sum(isinstance(m, Limit) for m in methods)
+        limits = sum(len(m.phases) for m in methods if isinstance(m, Limit))
         return turns * (self._repeats + 1) + merging + limits + sum(self._lengths) * len(methods)
 
     def _step(self, turn: Turn, how: Callable[[Callable[[], Tensor]], T]) -> T:
         """A single step of a method, called as `how` says."""
-        turn.method.begin(turn.phase, self._sigma)
+        place = turn.method.place(turn.phase)
+        inputs, sigma = self._inputs[place], self._host.sigmas(USUAL_STEPS)[place]
+        turn.method.begin(turn.phase, sigma)
         self._bar.set_postfix_str(turn.name)
         with turn.method.on():
-            out = how(lambda: turn.method.call(self._inputs, self._sigma, 0))
+            out = how(lambda: turn.method.call(inputs, sigma, 0))
         self._bar.update()
         return out
 
-    def _latent(self) -> Tensor:
-        """Of the noise level at which steps are measured; denoised up to there, if the model has learned to."""
+    def _prepare(self, places: set[int]) -> None:
+        """What the model is given, and gives, at the steps that are measured alone; denoised up to there, if it has
+        learned to."""
         host, sigmas = self._host, self._host.sigmas(USUAL_STEPS)
-        if not host.architecture.trained:
-            return host.noise * math.sqrt(self._sigma**2 + 1)
         x = host.noise * sigmas[0]
-        for step in range(int(_PLACE * USUAL_STEPS)):
-            x = host.advance(x, host(host.inputs(x, sigmas[step])), sigmas[step], sigmas[step + 1])
-        return x
+        for step, sigma in enumerate(sigmas[: max(places, default=-1) + 1]):
+            if not host.architecture.trained:
+                if step not in places:
+                    continue
+                x = host.noise * math.sqrt(sigma**2 + 1)
+            inputs = host.inputs(x, sigma)
+            out = host(inputs)
+            if step in places:
+                self._inputs[step], host.seen[sigma] = inputs, host.halves(out)
+            x = host.advance(x, out, sigma, [*sigmas, 0.0][step + 1])
 
     def _warm_up(self) -> None:
         """The first round. It also finds what each method makes of each layer."""
-        found, plain = self.found, Seen()
+        found, sigmas, plain = self.found, self._host.sigmas(USUAL_STEPS), Seen()
         for method in list(found.methods):
             try:
                 for phase in method.phases:
                     self._bar.set_postfix_str(f"{method.name}, warm-up")
-                    method.begin(phase, self._sigma)
-                    seen, out = record(method, self._inputs, self._sigma, 0)
-                    if not plain:
-                        plain, self._host.seen = seen, self._host.halves(out)
+                    place = method.place(phase)
+                    method.begin(phase, sigmas[place])
+                    seen, _ = record(method, self._inputs[place], sigmas[place], 0)
+                    plain = plain or seen
                     if method.merges:
-                        found.plans.setdefault(method.name, plan_of(seen, plain))
-                        _check(method, phase, bool(found.plans[method.name]))
+                        parts = found.plans.setdefault(method.name, Plans()).parts
+                        _check(method, phase, bool(parts.setdefault(part_of(phase), plan_of(seen, plain))))
                     self._bar.update()
                 if method.varies:
-                    self._plans_of_runs[method.name] = {n: self._dry_run(method, n, plain) for n in self._lengths}
+                    runs = {length: self._dry_run(method, length, plain) for length in self._lengths}
+                    found.plans[method.name].runs.update(runs)
             except Exception as error:
                 self._drop(method, error)
-        for name in (name for name, plan in found.plans.items() if not plan):
+        for name in (name for name, plans in found.plans.items() if not any(plans.parts.values())):
             found.notes.append(f"{name} merges nothing in {self._host.name} at {self._host.size} pixels")
+        varying = [method.name for method in found.methods if method.varies and method.phases]
+        if varying:
+            found.notes.append(
+                f"what {', '.join(varying)} merge depends on the picture; single steps, and what is put together from "
+                "them, show it at one noise level of each part of a run, and whole runs (--steps) as it comes"
+            )
         for method in found.methods:
             if isinstance(method, Merged):
                 found.notes += [note for note in method.notes if note not in found.notes]
@@ -167,41 +181,39 @@ class Rounds:
 
     def _add_limits(self) -> None:
         """One bound for each set of layers, one zero_overhead for each set of lengths, shared by methods."""
-        found, host = self.found, self._host
+        found = self.found
         bounds: dict[object, Bound] = {}
         zeros: dict[object, ZeroOverhead] = {}
-        for name in sorted(filter(found.plans.get, found.plans), key=lambda n: n != "default"):
-            plan, runs = found.plans[name], self._plans_of_runs.get(name, {})
-            layers = tuple(layer for layer, short in plan.items() if short.outer)
-            if self._bound and layers not in bounds:
-                bounds[layers] = Bound(f"bound:{name}" if bounds else "bound", host, plan)
-            work = signature([plan, *(p for plans in runs.values() for p in plans)])
-            if work not in zeros:
-                zeros[work] = ZeroOverhead(f"zero_overhead:{name}" if zeros else "zero_overhead", host, plan, runs)
-            bound = bounds.get(layers)
-            found.limits[name] = (None if bound is None else bound.name, zeros[work].name)
-        coming = {zero.name: zero for zero in zeros.values()}
         plain, *methods = found.methods
+        merging = [m for m in methods if m.name in found.plans and any(found.plans[m.name].parts.values())]
+        for method in sorted(merging, key=lambda m: m.name != "default"):
+            name, plans = method.name, found.plans[method.name]
+            bound = Bound(f"bound:{name}" if bounds else "bound", method, plans) if self._bound else None
+            if bound is not None:
+                bound = bounds.setdefault(bound.work_in_runs(self._lengths), bound)
+            zero = ZeroOverhead(f"zero_overhead:{name}" if zeros else "zero_overhead", method, plans)
+            zero = zeros.setdefault(zero.work_in_runs(self._lengths), zero)
+            found.limits[name] = bound, zero
         found.methods[:] = [plain, *bounds.values()]
         for method in methods:  # a limit runs right before the first method that it is one of
-            _, zero = found.limits.get(method.name, (None, ""))
-            found.methods += [*([coming.pop(zero)] if zero in coming else []), method]
+            _, limit = found.limits.get(method.name, (None, None))
+            if limit is not None and limit not in found.methods:
+                found.methods.append(limit)
+            found.methods.append(method)
 
     def _look_inside(self, turns: Sequence[Turn]) -> None:
         """Two more rounds: one with stopwatches in the parts, one under the profiler, from a fresh start."""
         device = self._host.device
         seconds = {t.name: self._step(t, partial(seconds_in_parts, device=device)) for t in turns if t.method.merges}
-        before = 0
         for method in self.found.methods:
             method.release()
-        for turn in turns:
-            if turn.phase == turn.method.phases[0]:
-                before = 0
-            cost, before = self._step(turn, partial(profiled, device=device, before=before))
-            cost.seconds = seconds.get(turn.name, {})
-            self.found.costs[turn.name] = cost
-            if turn.phase == turn.method.phases[-1]:  # what it keeps is none of the next one's memory
-                turn.method.release()
+        for (method, _), part in itertools.groupby(turns, key=lambda turn: (turn.method, part_of(turn.phase))):
+            before = 0
+            for turn in part:
+                cost, before = self._step(turn, partial(profiled, device=device, before=before))
+                cost.seconds = seconds.get(turn.name, {})
+                self.found.costs[turn.name] = cost
+            method.release()  # what it keeps is none of the next one's memory, nor of its own later in a run
 
     def _run(self, length: int) -> None:
         """A whole run of each method, all of them step by step together, each on its own way to its own picture."""
@@ -232,5 +244,5 @@ def _check(method: Method, phase: str, merged: bool) -> None:
     """A step that is called a reuse must be one."""
     if isinstance(method, Merged) and merged:
         made, reused = method.counted()
-        if (made > 0) != (phase == "refresh") or not made + reused:
+        if (made > 0) != makes_pairs(phase) or not made + reused:
             raise RuntimeError(f"{method.name}/{phase} made pairs in {made} layers and used older ones in {reused}")

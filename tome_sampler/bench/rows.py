@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tome_sampler.bench.limits import Plan
-from tome_sampler.bench.methods import Method
+from tome_sampler.bench.methods import LENGTHS, PLAIN, USUAL_STEPS, Method, makes_pairs, part_of
 from tome_sampler.bench.parts import PARTS
 from tome_sampler.bench.rounds import Findings
+from tome_sampler.bench.timing import Taken
 
 Series = Sequence[float]
-LENGTHS = (20, 50)
-"""Of the runs that single steps are put together to."""
 
 
 def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows with `common` in each. seconds, seconds_iqr: median and quartiles' distance, of one model call. speedup:
     plain's seconds over its own, the median over rounds. share_of_bound: zero_overhead's over its own, likewise.
-    overhead_refresh, overhead_reuse: the part of a step that zero_overhead saves. kind: "step"; "composed": put
-    together from steps as the refresh policy mixes them in a run of `steps`; "run": a whole run of `steps`.
+    overhead_refresh, overhead_reuse: the part of a step that zero_overhead saves, on average over the run's steps that
+    make pairs, and over those that use older ones; of a single step: over those of its part of the run. kind: "step";
+    "composed": put together from steps, each kind as often as it is in a run of `steps`; "run": a whole run of `steps`.
+    merged_fraction: on average over the run's steps, likewise.
     overhead_in_parts: the part of a step that stopwatches found in matching, merge and unmerge; it has less noise than
     a difference of two steps, and less in it: nothing between these parts.
     """
@@ -28,29 +31,62 @@ def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
         {**common, **row}
         for method in found.methods
         for row in (
-            *(_composed(found, method, length) for length in LENGTHS if "refresh" in method.phases),
+            *(_composed(found, method, length) for length in LENGTHS if _has_kinds(found, method)),
             *_steps(found, method),
             *_runs(found, method),
         )
     ]
 
 
+def _has_kinds(found: Findings, method: Method) -> bool:
+    """Whether a run of it is more than the same step again and again."""
+    return any(method.phases) or len(_kinds(found, method, USUAL_STEPS)) > 1
+
+
+def _kinds(found: Findings, method: Method, length: int) -> Counter[str]:
+    """How often each phase is in a run."""
+    return Counter(method.phases_in(found.host.sigmas(length)))
+
+
+def _seconds(found: Findings, method: Method, phase: str) -> list[float]:
+    """Of its steps of a phase, round by round."""
+    name = found.methods[0].name if phase == PLAIN else method.label(phase)
+    return [taken.seconds for taken in found.steps[name]]
+
+
+def _mixed(found: Findings, method: Method, length: int) -> list[float]:
+    """Of a step of a run, on average over the kinds of steps in it, round by round."""
+    kinds = _kinds(found, method, length)
+    taken = zip(*(_seconds(found, method, phase) for phase in kinds), strict=True)
+    return [_mean(seconds, list(kinds.values())) for seconds in taken]
+
+
+def _alike(found: Findings, method: Method, phase: str, other: Method) -> list[float]:
+    """Seconds of what another method does instead of a step: in this part of the run, or on average over all of it."""
+    if other is method or phase:
+        return _seconds(found, other, next((p for p in (phase, part_of(phase)) if p in other.phases), ""))
+    return _mixed(found, other, USUAL_STEPS)
+
+
 def _steps(found: Findings, method: Method) -> list[dict[str, Any]]:
     rows = []
-    for name in (f"{method.name}/{phase}" if phase else method.name for phase in method.phases):
-        cost, taken = found.costs[name], found.steps[name]
+    for phase in method.phases:
+        name, part = method.label(phase), part_of(phase)
+        cost, own = found.costs[name], _seconds(found, method, phase)
+        kinds = Counter(other for other in method.phases if part_of(other) == part)
+        plan = found.plans[method.name].parts[part] if method.merges else {}
         row = {
             "method": name,
             "kind": "step",
             "steps": 1,
-            **_figures(found, method, [t.seconds for t in taken], lambda n: [t.seconds for t in found.steps[n]]),
-            "seconds_wall": statistics.median(t.wall for t in taken),
+            **_figures(found, method, own, partial(_alike, found, method, phase), kinds, [plan]),
+            "seconds_wall": statistics.median(taken.wall for taken in found.steps[name]),
             "peak_mb": cost.peak / 2**20,
         }
         if method.merges:
-            layers = max(sum(short.outer for short in found.plans[method.name].values()), 1)
+            layers = max(sum(short.outer for short in plan.values()), 1)
             row |= {f"seconds_{part}": cost.seconds[part] for part in PARTS}
-            row["overhead_in_parts"] = sum(cost.seconds.values()) / statistics.median(t.seconds for t in taken)
+            row["overhead_in_parts"] = sum(cost.seconds.values()) / statistics.median(own)
             row["launches_per_layer"] = {part: cost.launches[part] / layers for part in PARTS}
             row["operators"] = cost.operators
         rows.append(row)
@@ -58,18 +94,15 @@ def _steps(found: Findings, method: Method) -> list[dict[str, Any]]:
 
 
 def _composed(found: Findings, method: Method, length: int) -> dict[str, Any]:
-    made, reused = method.made_in(found.host.sigmas(length))
-    plain = [t.seconds for t in found.steps[found.methods[0].name]]
-    refresh = [t.seconds for t in found.steps[f"{method.name}/refresh"]]
-    reuse = [t.seconds for t in found.steps.get(f"{method.name}/reuse", [])] or refresh
-    rest = length - made - reused
-    mixed = [(made * a + reused * b + rest * c) / length for a, b, c in zip(refresh, reuse, plain, strict=True)]
+    phases = method.phases_in(found.host.sigmas(length))
+    plans = found.plans[method.name].composed(phases) if method.merges else []
+    mixed = _mixed(found, method, length)
     return {
         "method": method.name,
         "kind": "composed",
         "steps": length,
-        "steps_with_new_pairs": made,
-        **_figures(found, method, mixed, lambda n: [t.seconds for t in found.steps[n]]),
+        "steps_with_new_pairs": sum(map(makes_pairs, phases)) if method.merges else None,
+        **_figures(found, method, mixed, lambda other: _mixed(found, other, length), Counter(phases), plans),
         "peak_mb": _peak(found, method),
     }
 
@@ -80,14 +113,16 @@ def _runs(found: Findings, method: Method) -> list[dict[str, Any]]:
         if method.name not in taken:
             continue
         steps = [t.seconds for t in taken[method.name]]
-        total = {name: [sum(t.seconds for t in of) / length] for name, of in taken.items()}
+        of = partial(_average, taken)
+        phases = method.phases_in(found.host.sigmas(length))
+        plans = found.plans[method.name].in_run(phases) if method.merges else []
         rows.append(
             {
                 "method": method.name,
                 "kind": "run",
                 "steps": length,
                 "steps_with_new_pairs": found.made[length][method.name] if method.merges else None,
-                **_figures(found, method, total[method.name], total.__getitem__),
+                **_figures(found, method, of(method), of, Counter(phases), plans),
                 "seconds_iqr": _iqr(steps),
                 "seconds_run": sum(steps),
                 "seconds_wall": sum(t.wall for t in taken[method.name]) / length,
@@ -97,45 +132,69 @@ def _runs(found: Findings, method: Method) -> list[dict[str, Any]]:
     return rows
 
 
-def _figures(found: Findings, method: Method, own: Series, of: Callable[[str], Series]) -> dict[str, Any]:
-    """Everything that compares: in pairs, round by round, before the median is taken."""
-    plain = of(found.methods[0].name)
-    speedups = [a / b for a, b in zip(plain, own, strict=True)]
+def _average(taken: dict[str, list[Taken]], method: Method) -> list[float]:
+    """Seconds of a step of its whole run."""
+    return [statistics.fmean(step.seconds for step in taken[method.name])]
+
+
+def _figures(
+    found: Findings,
+    method: Method,
+    own: Series,
+    of: Callable[[Method], Series],
+    kinds: Counter[str],
+    plans: Sequence[Plan],
+) -> dict[str, Any]:
+    """Everything that compares: in pairs, round by round, before the median is taken. of: another method's `own`.
+    kinds, plans: of the steps that this is about."""
+    speedups = [a / b for a, b in zip(of(found.methods[0]), own, strict=True)]
     bound, zero = found.limits.get(method.name, (None, None))
-    reference = zero or next((m for m in ("zero_overhead",) if any(x.name == m for x in found.methods)), None)
+    reference = zero or next((m for m in found.methods if m.name == "zero_overhead"), None)
     shares = [] if reference is None else [a / b for a, b in zip(of(reference), own, strict=True)]
-    plan = found.plans.get(method.name)
     return {
         "seconds": statistics.median(own),
         "seconds_iqr": _iqr(own),
         "speedup": statistics.median(speedups),
         "speedup_iqr": _iqr(speedups),
         "share_of_bound": statistics.median(shares) if shares else None,
-        "overhead_refresh": _overhead(found, method, "refresh") if zero else None,
-        "overhead_reuse": _overhead(found, method, "reuse") if zero else None,
-        "zero_overhead": reference,
-        "bound": bound,
-        "merged_fraction": None if plan is None else _merged(plan),
+        "overhead_refresh": _overhead(found, method, zero, {k: n for k, n in kinds.items() if makes_pairs(k)}),
+        "overhead_reuse": _overhead(found, method, zero, {k: n for k, n in kinds.items() if not makes_pairs(k)}),
+        "zero_overhead": None if reference is None else reference.name,
+        "bound": None if bound is None else bound.name,
+        "merged_fraction": _merged(plans) if method.name in found.plans else None,
         "rounds": len(own),
     }
 
 
-def _overhead(found: Findings, method: Method, phase: str) -> float | None:
-    """(t - t_zero) / t of its steps that make pairs, or of those that use older ones. Without phases it makes them."""
-    name = f"{method.name}/{phase}" if phase in method.phases else method.name if phase == "refresh" else ""
-    own, zero = found.steps.get(name), found.steps[found.limits[method.name][1]]
-    return None if own is None else statistics.median(1 - z.seconds / t.seconds for z, t in zip(zero, own, strict=True))
+def _overhead(found: Findings, method: Method, zero: Method | None, kinds: dict[str, int]) -> float | None:
+    """(t - t_zero) / t of these kinds of steps, on average by how often they are; those that were measured alone."""
+    counts = [count for phase, count in kinds.items() if phase in method.phases]
+    if zero is None or not counts:
+        return None
+    lost = []
+    for phase in (phase for phase in kinds if phase in method.phases):
+        own, free = _seconds(found, method, phase), _alike(found, method, phase, zero)
+        lost.append([1 - z / t for z, t in zip(free, own, strict=True)])
+    return statistics.median(_mean(parts, counts) for parts in zip(*lost, strict=True))
 
 
 def _peak(found: Findings, method: Method) -> float | None:
-    peaks = [found.costs[f"{method.name}/{phase}" if phase else method.name].peak for phase in method.phases]
+    peaks = [found.costs[method.label(phase)].peak for phase in method.phases]
     return max(peaks) / 2**20 if peaks else None
 
 
-def _merged(plan: Plan) -> float:
-    outer = [short for short in plan.values() if short.outer]
-    before = sum(short.shape[0] * short.tokens for short in outer)
-    return 1 - sum(short.shape[0] * short.shape[1] for short in outer) / before if before else 0.0
+def _merged(plans: Sequence[Plan]) -> float:
+    """The fraction of the tokens that is merged away in the layers that any of these steps merges."""
+    outer = [{name: short for name, short in plan.items() if short.outer} for plan in plans]
+    layers = {name: short for plan in outer for name, short in plan.items()}
+    before = len(plans) * sum(short.shape[0] * short.tokens for short in layers.values())
+    left_out = sum(short.shape[0] * (short.tokens - short.shape[1]) for plan in outer for short in plan.values())
+    return left_out / before if before else 0.0
+
+
+def _mean(values: Series, counts: Sequence[int]) -> float:
+    """Of values that occur so often."""
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
 def _iqr(values: Series) -> float:
