@@ -24,8 +24,8 @@ OFF, CUSTOM = "Off", "Custom"
 @dataclass(frozen=True)
 class Field:
     """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices", "refresh",
-    "threshold" or "tokens". low, high, step: the control's; a whole or plain number may not be outside them. main:
-    shown at once and not in the Advanced fold."""
+    "threshold", "optional" or "tokens". low, high, step: the control's; a whole or plain number may not be outside
+    them."""
 
     name: str
     label: str
@@ -35,22 +35,24 @@ class Field:
     high: float = 1.0
     step: float = 0.01
     choices: tuple[str, ...] = ()
-    main: bool = False
 
     @property
     def key(self) -> str:
         """In the infotext."""
         return f"ToMe {self.name.replace('_', ' ')}"
 
+    @property
+    def nullable(self) -> bool:
+        """Whether None is a value: off."""
+        return self.kind in ("threshold", "optional")
+
     def shown(self, config: MergeConfig) -> Any:
         """What the control shows."""
         value = getattr(config, self.name)
         if self.kind == "threshold":
             return 0.0 if value is None else max(value, 0.0)
-        if self.kind == "refresh":
-            return refresh_text(value)
-        if self.kind == "tokens":
-            return str(value)
+        if self.kind in ("refresh", "optional", "tokens"):
+            return self.text(config)
         return list(value) if self.kind == "choices" else value
 
     def read(self, value: Any) -> Any:
@@ -77,7 +79,9 @@ class Field:
             return tuple(v for v in self.choices if v in value)
         if self.kind == "refresh":
             return read_refresh(value)
-        if self.kind == "threshold" and (value is None or value == 0) and not isinstance(value, bool):
+        if self.kind == "threshold" and value == 0 and not isinstance(value, bool):
+            return None  # its slider's way to say so: from 0 on every pair is alike enough
+        if self.nullable and value is None:
             return None
         if self.kind == "tokens" and value == "auto":
             return value
@@ -103,12 +107,12 @@ class Field:
 
     def _range(self) -> str:
         low = -1.0 if self.kind == "threshold" else self.low
-        others = {"threshold": ", or null for off", "tokens": ", or 'auto'"}
-        return f" from {low:g} to {self.high:g}" + others.get(self.kind, "")
+        other = ", or null for off" if self.nullable else ", or 'auto'" if self.kind == "tokens" else ""
+        return f" from {low:g} to {self.high:g}{other}"
 
     def _from_text(self, text: str) -> Any:
         text = text.strip()
-        if self.kind == "threshold" and text.lower() in ("off", "none", ""):
+        if self.nullable and text.lower() in ("off", "none", ""):
             return None
         if self.kind == "flag":
             return {"true": True, "false": False}.get(text.lower(), text)
@@ -122,20 +126,20 @@ class Field:
 
 FIELDS: tuple[Field, ...] = (
     Field("ratio", "Merge ratio", "number", "share of tokens merged away; 2x2 cells allow 0.75, stride 4 allows 0.9375",
-          high=0.9375, main=True),
+          high=0.9375),
     Field("threshold", "Similarity threshold", "threshold",
-          "merge only tokens at least this alike, up to the ratio; 0: always the whole ratio", main=True),
+          "merge only tokens at least this alike, up to the ratio; 0: always the whole ratio"),
     Field("importance", "Importance strength", "number",
-          "how much more alike an important token must be to be merged", high=2.0, main=True),
+          "how much more alike an important token must be to be merged", high=2.0),
     Field("refresh", "Pair reuse", "refresh", "when pairs are made anew: more rarely is faster",
-          choices=("always", "sigma ratio 2", "sigma ratio 4", "sigma ratio 6", "every 5 steps", "drift 0.05",
-                   *(f"checkpoints {name}" for name in CA_TOME_CHECKPOINTS), "once"), main=True),
-    Field("levels", "Attention levels", "whole", "how many of the finest levels are merged", low=1, high=4, step=1,
-          main=True),
-    Field("start", "Start at", "number", "fraction of the noise schedule from which to merge", main=True),
-    Field("end", "End at", "number", "fraction of the noise schedule up to which to merge", main=True),
+          choices=("always", "sigma ratio 2", "sigma ratio 3", "sigma ratio 4", "sigma ratio 6", "every 5 steps",
+                   "drift 0.05", *(f"checkpoints {name}" for name in CA_TOME_CHECKPOINTS), "once")),
+    Field("levels", "Attention levels", "whole", "how many of the finest levels are merged", low=1, high=4, step=1),
+    Field("start", "Start at", "number", "fraction of the noise schedule from which to merge"),
+    Field("end", "End at", "number", "fraction of the noise schedule up to which to merge"),
     Field("floor", "Least merged", "number", "with a threshold: the share that is merged in any case", high=0.9375),
-    Field("stride", "Cell size (stride)", "whole", "one destination per stride x stride cell", low=2, high=8, step=1),
+    Field("stride", "Cell size (stride)", "whole",
+          "one destination per stride x stride cell; in the early part as large as it needs", low=2, high=8, step=1),
     Field("destinations", "Destinations", "choice", "which token of a cell the others may join",
           choices=("cell", "grid", "pool")),
     Field("random", "Random destinations", "flag", "draw the token of a grid cell by the merge seed"),
@@ -161,7 +165,16 @@ FIELDS: tuple[Field, ...] = (
           choices=("auto", "0", "1024", "4096")),
     Field("seed", "Merge seed", "whole", "of random destinations; the picture's seed is never touched", low=0,
           high=2**31 - 1, step=1),
+    # a dropdown and not a slider that ends in off: 0 is a value of its own, nothing merged early
+    Field("early_ratio", "Early ratio", "optional",
+          "share merged while the picture is mostly noise, whatever the threshold; off: as later", high=0.99,
+          choices=("off", "0.5", "0.75", "0.9")),
+    Field("early_sigma", "Early until sigma", "number",
+          "the noise level where the early part ends; runs fall from about 15 to 0", low=0.1, high=15.0, step=0.1),
 )  # fmt: skip
+"""In the order of callers' positional arguments, so new ones come last."""
 BY_NAME = {field.name: field for field in FIELDS}
-HIRES = ("ratio", "stride", "threshold", "levels")
+MAIN = ("ratio", "early_ratio", "threshold", "importance", "refresh", "levels", "start", "end")
+"""What the page shows at once, in that order; the others are in the Advanced fold."""
+HIRES = ("ratio", "stride", "threshold", "levels", "floor", "early_ratio")
 """The fields that the hires override shows; a caller's dict may name any."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tome_sampler.config import MergeConfig
+from tome_sampler.refresh import SigmaRatio
 
 from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, OFF, TITLE
 from .request import Request, default_args, preset_config, preset_name, read_args
@@ -13,13 +14,24 @@ from .request import Request, default_args, preset_config, preset_name, read_arg
 KEY = TITLE
 HIRES_KEY = "ToMe hires"
 ASIDE = "stood aside"
+EDITION_KEY, EDITION = "ToMe presets", "2"
+_OLD = MergeConfig(ratio=0.5, threshold=0.9, floor=0.3, early_ratio=None, refresh=SigmaRatio(6.0))
+FIRST_EDITION = {
+    CUSTOM: _OLD,
+    "Balanced": _OLD,
+    "Quality": _OLD.with_(floor=0.25, refresh=SigmaRatio(4.0)),
+    "Fast": _OLD.with_(ratio=0.9, floor=0.75, stride=4),
+}
+"""An infotext holds a preset's name and what differs from it, so it must say which preset of that name. Those without
+an edition were written before runs had an early part, and mean these; presets that are not here are the same today."""
 
 
 def written(request: Request, saved: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:
     """The infotext's entries of a request; none when it is off."""
     if not request.on:
         return {}
-    entries = {KEY: _known(request.preset, saved)} | _entries(request.preset, request.config, "ToMe ")
+    entries = {KEY: _known(request.preset, saved), EDITION_KEY: EDITION}
+    entries |= _entries(request.preset, request.config, "ToMe ")
     if not request.same:
         entries |= {HIRES_KEY: _known(request.hires_preset, saved)}
         entries |= _entries(request.hires_preset, request.hires, "ToMe hires ")
@@ -37,14 +49,12 @@ def control_values(params: Mapping[str, Any]) -> list[Any]:
     told = params.get(KEY)
     if not isinstance(told, str) or told.startswith(ASIDE):
         return values
-    name = _preset_of(told)
-    config = _config_of(name, params, "ToMe ")
+    name, config = _told(told, params, "ToMe ")
     values[0], values[1] = True, name
     if config is not None:
         values[2 : 2 + len(FIELDS)] = [field.shown(config) for field in FIELDS]
     if isinstance(params.get(HIRES_KEY), str):
-        hires_name = _preset_of(params[HIRES_KEY])
-        hires = _config_of(hires_name, params, "ToMe hires ")
+        hires_name, hires = _told(params[HIRES_KEY], params, "ToMe hires ")
         if hires is not None and hires != preset_config(hires_name):
             hires_name = CUSTOM
         shown = hires or MergeConfig()
@@ -84,12 +94,16 @@ def _entries(preset: str, config: MergeConfig | None, prefix: str) -> dict[str, 
     }
 
 
-def _config_of(name: str, params: Mapping[str, Any], prefix: str) -> MergeConfig | None:
+def _told(preset: str, params: Mapping[str, Any], prefix: str) -> tuple[str, MergeConfig | None]:
+    """A pass's preset, as it is called today, and its configuration."""
+    name = _preset_of(preset)
     config = preset_config(name)
+    if EDITION_KEY not in params and name in FIRST_EDITION:
+        name, config = CUSTOM, FIRST_EDITION[name]
     told = {f.name: params[key] for f in FIELDS if (key := prefix + f.name.replace("_", " ")) in params}
-    if config is None or not told:
-        return config
     try:
-        return config.with_(**{name: BY_NAME[name].read(value) for name, value in told.items()})
+        if config is not None:
+            config = config.with_(**{field: BY_NAME[field].read(value) for field, value in told.items()})
     except ValueError:
-        return config
+        pass
+    return name, config

@@ -96,7 +96,8 @@ class Presets:
             if not isinstance(fields, Mapping):
                 raise ValueError(f"{source}: preset {name!r} must be an object of settings")
             try:
-                presets[_checked(name)] = MergeConfig.from_dict(fields).to_dict()
+                # what was saved before runs had an early part, and names all other fields, had none
+                presets[_checked(name)] = MergeConfig.from_dict({"early_ratio": None, **fields}).to_dict()
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{source}: preset {name!r}: {error}") from None
         return presets

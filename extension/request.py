@@ -159,6 +159,8 @@ def schema() -> dict[str, Any]:
             entry |= {"minimum": field.low, "maximum": field.high}
         elif field.kind == "threshold":
             entry = {"type": ["number", "null"], "minimum": -1, "maximum": 1}
+        elif field.kind == "optional":
+            entry = {"type": ["number", "null"], "minimum": field.low, "maximum": field.high}
         elif field.kind == "tokens":
             integers = {"type": "integer", "minimum": field.low, "maximum": field.high}
             entry = {"anyOf": [integers, {"const": "auto"}]}
@@ -170,8 +172,8 @@ def schema() -> dict[str, Any]:
             entry = {"type": "array", "items": {"enum": list(field.choices)}, "minItems": 1}
         else:
             entry = {"type": ["string", "object"], "examples": list(field.choices)}
-        shown = field.shown(MergeConfig())
-        kinds[field.name] = {**entry, "title": field.label, "description": field.info, "default": shown}
+        default = MergeConfig().to_dict()[field.name]
+        kinds[field.name] = {**entry, "title": field.label, "description": field.info, "default": default}
     preset = {"type": "string", "examples": [OFF, *PRESETS, CUSTOM]}
     hires = {"type": "object", "additionalProperties": False, "properties": {"preset": preset, **kinds}}
     return {
@@ -195,7 +197,9 @@ def _section(
     config = preset_config(name, saved)
     if given is None and base is not None:
         config = base
-    fields = {key: value for key, value in data.items() if key in BY_NAME and (value is not None or key == "threshold")}
+    fields = {
+        key: value for key, value in data.items() if key in BY_NAME and (value is not None or BY_NAME[key].nullable)
+    }
     if fields and config is not None:
         config = _with(config, fields)
     return name, config

@@ -12,12 +12,16 @@ from modules.ui_components import InputAccordion
 from tome_sampler.config import MergeConfig
 
 from . import infotext
-from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, OFF, PRESETS, TITLE, Field
+from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, MAIN, OFF, PRESETS, TITLE, Field
 from .request import default_args, preset_config, preset_name, read_args
 
 JS = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
 TO_CUSTOM = {"fn": None, JS: f"() => {CUSTOM!r}", "show_progress": False}
 QUIET = {"show_progress": False, "queue": False}
+EXPLAINED = (
+    *("ratio", "early_ratio", "early_sigma", "threshold", "floor", "stride", "destinations", "search", "start", "end"),
+    "modules",
+)
 
 
 def accordion(
@@ -40,13 +44,7 @@ def accordion(
         with gr.Row():
             names = [OFF, *PRESETS, CUSTOM, *own()]
             preset = gr.Dropdown(names, value=defaults[1], label="Merge preset", elem_id=elem_id("preset"))
-        controls = {}
-        main = [field for field in FIELDS if field.main]
-        for pair in zip(main[::2], [*main[1::2], None], strict=False):
-            with gr.Row():
-                for field in pair:
-                    if field is not None:
-                        controls[field.name] = _control(field, values[field.name], elem_id)
+        controls = _rows(MAIN, 2, values, elem_id)
         hint = gr.HTML(explained(defaults), elem_id=elem_id("hint"))
         # txt2img alone has a second pass
         with (
@@ -59,18 +57,15 @@ def accordion(
                 label="Hires merge preset",
                 elem_id=elem_id("hires_preset"),
             )
-            with gr.Row():
-                second = [
-                    _control(BY_NAME[n], v, elem_id, "hires_") for n, v in zip(HIRES, defaults[last + 2 :], strict=True)
-                ]
+            own_hires = _rows(HIRES, 3, dict(zip(HIRES, defaults[last + 2 :], strict=True)), elem_id, "hires_")
+            second = list(own_hires.values())
         with gr.Accordion("Advanced merge settings", open=False, elem_id=elem_id("advanced")):
-            rest = [field for field in FIELDS if not field.main]
-            for start in range(0, len(rest), 3):
-                with gr.Row():
-                    for field in rest[start : start + 3]:
-                        controls[field.name] = _control(field, values[field.name], elem_id)
+            rest = ["early_sigma", *(f.name for f in FIELDS if f.name not in (*MAIN, "early_sigma"))]
+            controls |= _rows(rest, 3, values, elem_id)
         status = gr.HTML(status_html(summary()), elem_id=elem_id("status"))
-    status.do_not_save_to_config = True
+    # the host would keep what the presets were when it first saw them, and later show that under their names
+    for component in (status, preset, *controls.values(), *second):
+        component.do_not_save_to_config = True
     inputs = [enabled, preset, *(controls[field.name] for field in FIELDS), hires, hires_preset, *second]
 
     def write_preset(name: str) -> list[Any]:
@@ -87,10 +82,9 @@ def accordion(
         _by_hand(control)(inputs=None, outputs=[preset], **TO_CUSTOM)
     for control in second:
         _by_hand(control)(inputs=None, outputs=[hires_preset], **TO_CUSTOM)
-    own_hires = dict(zip(HIRES, second, strict=True))
     for some in (controls, own_hires):
         some["stride"].change(_most_of_stride, inputs=[some["stride"], some["ratio"]], outputs=[some["ratio"]], **QUIET)
-    for name in ("ratio", "threshold", "stride", "destinations", "search", "start", "end", "floor", "modules"):
+    for name in EXPLAINED:
         controls[name].change(lambda *args: explained(args), inputs=inputs, outputs=[hint], **QUIET)
     keys = [
         f"{TITLE} enabled",
@@ -125,13 +119,7 @@ def explained(args: Sequence[Any]) -> str:
     except ValueError as error:
         return f"<span class='tome-sampler-hint'>{html.escape(str(error))}</span>"
     config = request.config or MergeConfig()
-    most = (
-        f"{config.ratio:.0%}"
-        if config.threshold is None
-        else f"{min(config.floor, config.ratio):.0%} to {config.ratio:.0%}"
-    )
-    lines = [f"Merges {most} of the tokens of a layer."]
-    lines += [f"<i>{label}</i> has no effect {why}." for label, why in _idle(config)]
+    lines = [_share(config), *(f"<i>{label}</i> has no effect {why}." for label, why in _idle(config))]
     return "<span class='tome-sampler-hint'>" + " ".join(lines) + "</span>"
 
 
@@ -140,10 +128,30 @@ def status_html(text: str) -> str:
     return f"<span class='tome-sampler-status'>{html.escape(text)}</span>"
 
 
-def _idle(config: MergeConfig) -> list[tuple[str, str]]:
-    found = []
+def _share(config: MergeConfig) -> str:
+    """How much is merged, and when."""
     if config.ratio == 0:
-        found.append(("everything", "at the ratio 0"))
+        return "Merges nothing in any part of the run: the ratio is 0."
+    if config.start >= config.end:
+        return "Merges nothing: it ends where it starts."
+    later = f"{config.ratio:.0%}"
+    if config.threshold is not None:
+        later = f"{min(config.floor, config.ratio):.0%} to {later}"
+    text = f"Merges {later} of the tokens of a layer"
+    if config.early is not None:
+        first = f"{config.early.ratio:.0%}"
+        text = f"Merges {first} of the tokens of a layer while sigma is above {config.early_sigma:g}, then {later}"
+    if config.start > 0 or config.end < 1:
+        text += f"; only from {config.start:.0%} to {config.end:.0%} of the noise schedule"
+    return text + "."
+
+
+def _idle(config: MergeConfig) -> list[tuple[str, str]]:
+    if config.ratio == 0 or config.start >= config.end:
+        return []
+    found = []
+    if config.early is None:
+        found.append((BY_NAME["early_sigma"].label, "without an early ratio"))
     if config.threshold is None:
         found.append((BY_NAME["floor"].label, "without a threshold"))
         found.append((BY_NAME["batch_rule"].label, "without a threshold"))
@@ -153,9 +161,19 @@ def _idle(config: MergeConfig) -> list[tuple[str, str]]:
         found.append((BY_NAME["pool"].label, f"with the destinations '{config.destinations}'"))
     if config.search == "global":
         found.append((BY_NAME["neighbourhood"].label, "with the global search"))
-    if config.start >= config.end:
-        found.append(("merging", "as it ends where it starts"))
     return found
+
+
+def _rows(
+    names: Sequence[str], width: int, values: Mapping[str, Any], elem_id: Callable[[str], str], prefix: str = ""
+) -> dict[str, Any]:
+    """Controls by name, `width` in a row."""
+    controls = {}
+    for start in range(0, len(names), width):
+        with gr.Row():
+            for name in names[start : start + width]:
+                controls[name] = _control(BY_NAME[name], values[name], elem_id, prefix)
+    return controls
 
 
 def _control(field: Field, value: Any, elem_id: Callable[[str], str], prefix: str = "") -> Any:
@@ -169,7 +187,7 @@ def _control(field: Field, value: Any, elem_id: Callable[[str], str], prefix: st
         return gr.Radio(list(field.choices), value=value, info=field.info, **common)
     if field.kind == "choices":
         return gr.CheckboxGroup(list(field.choices), value=value, info=field.info, **common)
-    if field.kind in ("refresh", "tokens"):
+    if field.kind in ("refresh", "optional", "tokens"):
         return gr.Dropdown(list(field.choices), value=value, info=field.info, allow_custom_value=True, **common)
     if field.kind == "whole" and field.high > 1e6:
         return gr.Number(value, precision=0, info=field.info, **common)

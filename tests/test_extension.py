@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from webui import A1111, Forge, Host, Interrupted, clean_modules
 
+from tome_sampler.config import MergeConfig
+
 ON = {"enabled": True, "preset": "tomesd"}
-FAST = {"enabled": True, "preset": "balanced", "ratio": 0.5, "threshold": None, "min_tokens": 0}
+FAST = {"enabled": True, "preset": "balanced", "ratio": 0.5, "threshold": None, "early_ratio": None, "min_tokens": 0}
 
 
 @pytest.fixture(params=["a1111", "forge"])
@@ -70,7 +72,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_off_and_ratio_zero_are_the_plain_picture_bit_for_bit(host: Host) -> None:
     plain, params = host.generate([])
     assert params == {}
-    for args in ([False], [{"enabled": False}], [True, "Off"], [{**FAST, "ratio": 0}]):
+    for args in ([False], [{"enabled": False}], [True, "Off"], [{**FAST, "ratio": 0, "early_ratio": 0.75}]):
         picture, _ = host.generate(args)
         assert same(plain, picture), args
     assert not host.errors
@@ -89,6 +91,26 @@ def test_on_merges_reproducibly_and_writes_the_infotext(host: Host) -> None:
     assert found["passes"][0]["statistics"]["importance_merged"] is not None
     assert hooks_on(unet_of(host)) == 0
     assert same(plain, host.generate([])[0])
+    assert not host.errors
+
+
+def test_the_early_part_is_merged_by_its_own_ratio(host: Host) -> None:
+    def shares(**fields: Any) -> list[tuple[bool, float]]:
+        host.generate([{**FAST, "early_sigma": 3.0, **fields}])
+        steps = last(host)["passes"][0]["statistics"]["steps"]
+        found = [(step["sigma"] > 3, layer) for step in steps for layer in step["layers"].values()]
+        assert {early for early, _ in found} == {True, False}
+        return [(early, 1 - layer["tokens_after"] / layer["tokens_before"]) for early, layer in found]
+
+    for ratio in (0.9, 0.25, 0.0):
+        for early, share in shares(early_ratio=ratio):
+            assert share == pytest.approx(ratio if early else 0.5, abs=1e-3), early
+    for early, share in shares(early_ratio=0.75, threshold=1.0, floor=0.125):
+        assert share == pytest.approx(0.75 if early else 0.125, abs=1e-3), early
+    assert all(share == pytest.approx(0.5) for _, share in shares())
+    _, params = host.generate([{**FAST, "early_ratio": 0.9, "early_sigma": 2.0}])
+    assert (params["ToMe early ratio"], params["ToMe early sigma"]) == ("0.9", "2")
+    assert "ToMe early ratio" not in host.generate([{"preset": "fast"}])[1]
     assert not host.errors
 
 
@@ -386,6 +408,15 @@ def test_grid_cells(host: Host) -> None:
     assert same(plain, pictures[0])
     assert not same(pictures[1], pictures[2])
     assert same(pictures[1], host.generate([FAST])[0])
+    off, half, most = host.cells([FAST], "[ToMe Sampler] Early ratio", ["off", "0.5", "0.9"])
+    assert same(off, half)
+    assert same(off, pictures[1])
+    assert not same(off, most)
+    late, early = host.cells([{**FAST, "early_ratio": 0.75}], "[ToMe Sampler] Early until sigma", [15.0, 3.0])
+    assert same(late, off)
+    assert not same(early, off)
+    with pytest.raises(ValueError, match=r"early_ratio is 2\.0; it must be a number from 0 to 0\.99"):
+        host.cells([FAST], "[ToMe Sampler] Early ratio", ["2"])
     off, on = host.cells([False], "[ToMe Sampler] Preset", ["Off", "ToMe-SD"])
     assert same(plain, off)
     assert not same(plain, on)
@@ -447,7 +478,7 @@ def test_settings_reach_the_run(host: Host) -> None:
     host.generate([True])
     assert last(host)["preset"] == "Fast"
     host.generate([True, "Quality"])
-    assert last(host)["passes"][0]["config"]["floor"] == 0.25
+    assert last(host)["passes"][0]["config"]["early_ratio"] == 0.5
 
 
 def test_reload_leaves_nothing_behind(host: Host) -> None:
@@ -534,8 +565,11 @@ def test_routes_answer_within_bounds_and_behind_the_hosts_password(host: Host) -
         host.tell("app_started", None, app)
     client, root = TestClient(app), "/tome-sampler/v1"
     assert client.get(f"{root}/version").json()["title"] == "ToMe Sampler"
-    assert client.get(f"{root}/schema").json()["properties"]["ratio"]["maximum"] == 0.9375
-    assert client.get(f"{root}/presets").json()["Fast"]["ratio"] == 0.9
+    schema = client.get(f"{root}/schema").json()["properties"]
+    assert schema["ratio"]["maximum"] == 0.9375
+    assert schema["early_ratio"]["type"] == ["number", "null"]
+    assert schema["early_ratio"]["default"] == MergeConfig().early_ratio
+    assert client.get(f"{root}/presets").json()["Fast"] == MergeConfig.preset("fast").to_dict()
     found = client.get(f"{root}/last").json()
     assert found["passes"][0]["statistics"]["merged_fraction"] == pytest.approx(0.5)
     number = found["passes"][0]["maps"] - 1
@@ -583,20 +617,55 @@ def test_controls_explain_themselves(host: Host) -> None:
     ]
     assert by_id["script_txt2img_tome_sampler_ratio"].kwargs["maximum"] == 0.75
     defaults = [c.value for c in host.components]
-    assert "30% to 50%" in ui.explained(defaults)
     assert "Neighbourhood" in ui.explained(defaults)
-    moved = [True, "Custom", *defaults[2:]]
-    moved[2] = 0.9
-    assert "it must be a number from 0 to 0.75" in ui.explained(moved)
+
+    def explained(**values: Any) -> str:
+        names = ["enabled", "preset", *(f.name for f in table)]
+        moved = [values.get(name, value) for name, value in zip(names, defaults, strict=False)]
+        return str(ui.explained(moved)).removeprefix("<span class='tome-sampler-hint'>").removesuffix("</span>")
+
+    first = "Merges 75% of the tokens of a layer while sigma is above 3, then 20% to 50%"
+    assert explained().startswith(first + ". <i>")
+    assert explained(threshold=0.0, early_sigma=1.5).startswith(
+        "Merges 75% of the tokens of a layer while sigma is above 1.5, then 50%. <i>"
+    )
+    assert explained(early_ratio="off").startswith(
+        "Merges 20% to 50% of the tokens of a layer. <i>Early until sigma</i> has no effect without an early ratio. <i>"
+    )
+    assert explained(start=0.25).startswith(first + "; only from 25% to 100% of the noise schedule. <i>")
+    assert explained(ratio=0) == "Merges nothing in any part of the run: the ratio is 0."
+    assert explained(start=1.0) == "Merges nothing: it ends where it starts."
+    assert "it must be a number from 0 to 0.75" in explained(ratio=0.9)
+    assert "early_ratio is &#x27;lots&#x27;; it must be a number from 0 to 0.99" in explained(early_ratio="lots")
     preset = by_id["script_txt2img_tome_sampler_preset"]
     (write,) = [event["fn"] for name, event in preset.events if name == "input"]
     written = dict(zip((f.name for f in table), write("Fast"), strict=True))
+    assert written == {
+        **{f.name: {"value": f.shown(MergeConfig.preset("fast"))} for f in table},
+        "ratio": {"value": 0.75, "maximum": 0.75},
+    }
+    assert (written["early_ratio"], written["early_sigma"]) == ({"value": "0.9"}, {"value": 3.0})
+    host.app.presets.save("wide", MergeConfig(ratio=0.9, stride=4))
+    written = dict(zip((f.name for f in table), write("wide"), strict=True))
     assert written["ratio"] == {"value": 0.9, "maximum": 0.9375}
     assert written["stride"] == {"value": 4}
+    assert dict(zip((f.name for f in table), write("ToMe-SD"), strict=True))["early_ratio"] == {"value": "off"}
     keys = [field.label for field in host.fields]
     assert keys == host.script.paste_field_names
-    pasted = {"ToMe Sampler": "Fast", "ToMe seed": "5"}
+    pasted = {"ToMe Sampler": "Fast", "ToMe presets": "2", "ToMe seed": "5"}
     assert [field.function(pasted) for field in host.fields][0:2] == [True, "Fast"]
     host.tell("infotext_pasted", "", pasted)
     assert pasted["ToMe seed"] == 5
-    assert pasted["ToMe ratio"] == 0.9
+    assert (pasted["ToMe ratio"], pasted["ToMe early ratio"]) == (0.75, "0.9")
+    old = {"ToMe Sampler": "Fast", "ToMe seed": "5"}  # of before the early part
+    for _ in range(2):  # hosts without named paste fields read what is spelt out already
+        assert [field.function(old) for field in host.fields][0:2] == [True, "Custom"]
+        host.tell("infotext_pasted", "", old)
+        assert (old["ToMe ratio"], old["ToMe early ratio"], old["ToMe seed"]) == (0.9, "off", 5)
+
+
+def test_what_a_preset_sets_is_not_kept_by_the_host(host: Host) -> None:
+    """It writes each control's first default into ui-config.json and shows that for ever after, whatever the presets
+    and our own setting have become."""
+    kept = [c.elem_id.split("tome_sampler_")[1] for c in host.components if not hasattr(c, "do_not_save_to_config")]
+    assert kept == ["enabled-checkbox", "hires-checkbox", "hires_preset"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -50,6 +51,8 @@ configs = st.builds(
     ratio=st.floats(0, 0.75),
     threshold=st.none() | st.floats(0.001, 1),
     floor=st.floats(0, 0.9375),
+    early_ratio=st.none() | st.floats(0, 0.99),
+    early_sigma=st.floats(0.1, 15),
     stride=st.integers(2, 8),
     destinations=st.sampled_from(["grid", "cell"]),
     importance=st.floats(0, 2),
@@ -101,9 +104,9 @@ def test_hires_overrides() -> None:
     found = request.read_args(args)
     assert found.of_pass(False) == MergeConfig()
     assert found.of_pass(True) == MergeConfig.preset("fast")
-    args[3 + len(table.FIELDS) :] = ["Custom", 0.9, 4, 0.0, 2]
+    args[3 + len(table.FIELDS) :] = ["Custom", 0.9, 4, 0.0, 2, 0.3, "off"]
     hires = request.read_args(args).of_pass(True)
-    assert (hires.ratio, hires.stride, hires.threshold, hires.levels) == (0.9, 4, None, 2)
+    assert hires == MergeConfig(ratio=0.9, stride=4, threshold=None, levels=2, floor=0.3, early_ratio=None)
     found = request.read_dict({"preset": "quality", "hires": {"ratio": 0.4}})
     assert found.of_pass(True) == MergeConfig.preset("quality", ratio=0.4)
     assert request.read_dict({"hires": "off"}).of_pass(True) is None
@@ -138,15 +141,95 @@ def same_refresh(a: Any, b: Any) -> bool:
 
 def test_the_infotext_is_compact_and_says_nothing_when_off() -> None:
     assert infotext.written(request.read_args([])) == {}
-    assert infotext.written(request.read_args([True])) == {"ToMe Sampler": "Balanced"}
-    assert infotext.written(request.read_dict({"preset": "fast", "ratio": 0.8})) == {
+    assert infotext.written(request.read_args([True])) == {"ToMe Sampler": "Balanced", "ToMe presets": "2"}
+    assert infotext.written(request.read_dict({"preset": "fast", "ratio": 0.7, "early_ratio": None})) == {
         "ToMe Sampler": "Fast",
-        "ToMe ratio": "0.8",
+        "ToMe presets": "2",
+        "ToMe ratio": "0.7",
+        "ToMe early ratio": "off",
     }
     for nothing in ({}, {"ToMe Sampler": "stood aside: because"}):
         assert infotext.control_values(nothing) == request.default_args()
-    broken = {"ToMe Sampler": "Balanced", "ToMe ratio": "a lot"}
+    broken = {"ToMe Sampler": "Balanced", "ToMe presets": "2", "ToMe ratio": "a lot"}
     assert infotext.control_values(broken)[1] == "Balanced"
+
+
+# the default preset as it was saved as one of the user's own, before runs had an early part
+OLD: dict[str, Any] = json.loads("""{
+  "ratio": 0.5, "threshold": 0.9, "floor": 0.3, "batch_rule": "row", "stride": 2, "destinations": "cell",
+  "random": false, "pool": 1.4, "importance": 0.1, "protect": 0.0, "levels": 1, "modules": ["attn1"],
+  "min_tokens": "auto", "search": "global", "neighbourhood": 1, "metric": "attention", "share_branches": true,
+  "share_layers": false, "refresh": {"kind": "sigma_ratio", "ratio": 6.0}, "start": 0.0, "end": 1.0,
+  "prune_until": 0.0, "proportional": true, "seed": 0
+}""")
+
+
+@pytest.mark.parametrize(
+    ("told", "meant"),
+    [
+        ({"ToMe Sampler": "Balanced"}, {}),
+        ({"ToMe Sampler": "Custom", "ToMe threshold": "off", "ToMe levels": "2"}, {"threshold": None, "levels": 2}),
+        ({"ToMe Sampler": "Quality"}, {"floor": 0.25, "refresh": SigmaRatio(4.0)}),
+        ({"ToMe Sampler": "Fast", "ToMe ratio": "0.8"}, {"ratio": 0.8, "floor": 0.75, "stride": 4}),
+    ],
+)
+def test_an_infotext_of_before_the_early_part_reproduces_that_run(told: dict[str, str], meant: dict[str, Any]) -> None:
+    values = infotext.control_values(told)
+    read = request.read_args(values)
+    assert read.config == MergeConfig.from_dict({**OLD, "early_ratio": None, **meant})
+    assert values[1] == read.preset == "Custom"
+    read = request.read_args(infotext.control_values({**told, "ToMe hires": "Fast"}))
+    shown = {"ratio": 0.9, "stride": 4, "threshold": 0.9, "levels": 1, "floor": 0.75}  # the rest is the first pass's
+    assert read.hires == read.config.with_(**shown)
+    rewritten = infotext.written(read)  # and today's keeps it
+    assert request.read_args(infotext.control_values(rewritten)) == read
+
+
+def test_published_methods_keep_their_names_in_an_old_infotext() -> None:
+    for name in ("ToMe-SD", "CA-ToMe", "Importance"):
+        read = request.read_args(infotext.control_values({"ToMe Sampler": name}))
+        assert read == request.read_dict({"preset": name})
+        assert read.config.early is None
+
+
+def test_no_early_part_and_nothing_merged_early_are_two_things() -> None:
+    field = table.BY_NAME["early_ratio"]
+    for off in (None, "off", " Off", "none"):
+        assert field.read(off) is None
+    for zero in (0, 0.0, "0"):
+        assert field.read(zero) == 0
+        assert field.read(zero) is not None
+    for config in (MergeConfig(early_ratio=None), MergeConfig(early_ratio=0.0)):
+        assert request.read_dict({"early_ratio": config.early_ratio}).config == config
+        written = infotext.written(request.Request("Balanced", config))
+        assert request.read_args(infotext.control_values(written)).config == config
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"early_ratio": 1}, "early_ratio is 1; it must be a number from 0 to 0.99, or null for off"),
+        ({"early_ratio": "much"}, "early_ratio is 'much'; it must be a number from 0 to 0.99, or null for off"),
+        ({"early_ratio": True}, "early_ratio is True; it must be a number from 0 to 0.99, or null for off"),
+        ({"early_sigma": 0}, "early_sigma is 0; it must be a number from 0.1 to 15"),
+        ({"early_sigma": "off"}, "early_sigma is 'off'; it must be a number from 0.1 to 15"),
+        ({"hires": {"early_ratio": -1}}, "early_ratio is -1; it must be a number from 0 to 0.99, or null for off"),
+    ],
+)
+def test_an_early_part_out_of_range_is_said_in_one_line(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        request.read_dict(asked)
+
+
+def test_presets_saved_before_the_early_part_have_none(tmp_path: Path) -> None:
+    store = presets.Presets(tmp_path / "presets.json")
+    store.path.write_text(json.dumps({"mine": {**OLD, "ratio": 0.3}}))
+    before = MergeConfig.from_dict({**OLD, "ratio": 0.3, "early_ratio": None})
+    assert request.read_dict({"preset": "mine"}, store.saved()).config == before
+    store.load(json.dumps({"format": FORMAT, "model": "a.safetensors", "config": OLD, "measured": {}}))
+    assert store.saved()["a.safetensors"]["early_ratio"] is None
+    store.save("new", MergeConfig())
+    assert store.saved()["new"]["early_ratio"] == MergeConfig().early_ratio
 
 
 junk = st.recursive(

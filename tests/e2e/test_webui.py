@@ -113,6 +113,21 @@ def test_on_merges_and_repeats_itself(plain: list[bytes]) -> None:
     assert generate()[0] == plain
 
 
+def test_the_early_part_has_its_own_ratio() -> None:
+    fixed = {"preset": "balanced", "ratio": 0.5, "threshold": None, "early_ratio": 0.75, "min_tokens": 0}
+    merged, text = generate([fixed])
+    assert "ToMe presets: 2" in text
+    steps = last()["passes"][0]["statistics"]["steps"]
+    assert {step["sigma"] > 3 for step in steps} == {True, False}
+    for step in steps:
+        for layer in step["layers"].values():
+            share = 1 - layer["tokens_after"] / layer["tokens_before"]
+            assert share == pytest.approx(0.75 if step["sigma"] > 3 else 0.5, abs=0.01)
+    without, text = generate([{**fixed, "early_ratio": None}])
+    assert "ToMe early ratio: off" in text
+    assert without != merged
+
+
 def test_a_picture_is_the_same_alone_and_in_a_batch() -> None:
     # the host itself is not bit-exact here: its own batch of plain pictures says by how much
     alone, batch = generate()[0][0], generate(batch_size=2)[0]
@@ -264,11 +279,12 @@ def test_loras_and_switching_them(plain: list[bytes]) -> None:
     prompts = [f"a red fox in the snow <lora:{name}:1>" for name in names]
     first, second = (generate(prompt=prompt)[0] for prompt in prompts)
     assert len({first[0], second[0], plain[0]}) == 3  # they act without us
-    merged = [generate([ON], prompt=prompt)[0] for prompt in (*prompts, "a red fox in the snow")]
+    later = {**ON, "early_ratio": None}  # random weights make no picture that merging early would leave alone
+    merged = [generate([later], prompt=prompt)[0] for prompt in (*prompts, "a red fox in the snow")]
     for picture, before in zip(merged, (first, second, plain), strict=True):
         others = [mean_difference(picture[0], other[0]) for other in (first, second, plain) if other is not before]
         assert 0 < mean_difference(picture[0], before[0]) < 0.5 * min(others)  # each stays near its own
-    assert generate([ON], prompt=prompts[0])[0] == merged[0]
+    assert generate([later], prompt=prompts[0])[0] == merged[0]
     assert generate(prompt=prompts[1])[0] == second
     assert generate()[0] == plain
 
@@ -455,22 +471,42 @@ def test_an_exception_in_sampling_leaves_nothing(plain: list[bytes]) -> None:
 def test_the_infotext_reproduces_the_picture() -> None:
     if is_forge():
         pytest.skip("Forge's request field `infotext` is broken")
-    args = [{"preset": "fast", "ratio": 0.8, "threshold": None, "proportional": False, "start": 0.1}]
+    args = [{"preset": "fast", "ratio": 0.7, "threshold": None, "early_ratio": 0.5, "early_sigma": 2, "start": 0.1}]
     merged, text = generate(args)
     answer = post("/sdapi/v1/txt2img", infotext=text, do_not_save_samples=True)
     assert Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))).tobytes() == merged[0]
-    assert last()["passes"][0]["config"]["ratio"] == 0.8
+    config = last()["passes"][0]["config"]
+    assert (config["ratio"], config["early_ratio"], config["early_sigma"]) == (0.7, 0.5, 2)
+
+
+def test_an_infotext_of_before_the_early_part_reproduces_the_picture() -> None:
+    if is_forge():
+        pytest.skip("Forge's request field `infotext` is broken")
+    then = {"ratio": 0.5, "threshold": 0.9, "floor": 0.3, "refresh": "sigma ratio 6", "early_ratio": None}
+    merged, text = generate([{"preset": "balanced", **then}])
+    old = re.sub(r", ToMe (?!Sampler)[^,]+", "", text)
+    assert "ToMe Sampler: Balanced, " in old
+    answer = post("/sdapi/v1/txt2img", infotext=old, do_not_save_samples=True)
+    assert Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))).tobytes() == merged[0]
+    assert last()["passes"][0]["config"]["early_ratio"] is None
+    assert generate([ON])[0] != merged
 
 
 def test_a_grid(plain: list[bytes]) -> None:
     options = get("/sdapi/v1/script-info")
     grid = next(s for s in options if s["name"] == "x/y/z plot" and not s["is_img2img"])
     choices = grid["args"][0]["choices"]
-    axis = choices.index("[ToMe Sampler] Merge ratio")
-    args = [axis, "0, 0.5", [], 0, "", [], 0, "", [], False, True, False, False, False, False, False, 0, False]
-    pictures, _ = generate([ON], script_name="x/y/z plot", script_args=args[: len(grid["args"])])
+
+    def cells(axis: str, text: str, chosen: list[str]) -> list[bytes]:
+        number = choices.index(f"[{TITLE}] {axis}")
+        args = [number, text, chosen, 0, "", [], 0, "", [], False, True, False, False, False, False, False, 0, False]
+        found, _ = generate([ON], script_name="x/y/z plot", script_args=args[: len(grid["args"])])
+        return [picture for picture in found if len(picture) == len(plain[0])]
+
+    pictures = cells("Merge ratio", "0, 0.5", [])
     assert plain[0] in pictures
-    assert len({p for p in pictures if len(p) == len(plain[0])}) >= 2
+    assert len(set(pictures)) >= 2
+    assert len(set(cells("Early ratio", "off, 0.9", ["off", "0.9"]))) >= 2
     assert generate()[0] == plain
 
 
@@ -495,7 +531,7 @@ def test_the_documentations_examples(tmp_path: Path) -> None:
 def test_routes() -> None:
     assert get("/tome-sampler/v1/version")["title"] == TITLE
     assert "ratio" in get("/tome-sampler/v1/schema")["properties"]
-    assert get("/tome-sampler/v1/presets")["Fast"]["ratio"] == 0.9
+    assert get("/tome-sampler/v1/presets")["Fast"]["early_ratio"] == 0.9
     generate([ON])
     for kind in ("groups", "importance"):
         number = len(last()["passes"][0:1]) and last()["passes"][0]["maps"] - 1
@@ -572,15 +608,25 @@ def test_page_a_control_moved_by_hand_makes_the_preset_custom(page: Page) -> Non
     field.fill("0.25")
     field.press("Tab")
     expect(page.locator("#script_txt2img_tome_sampler_preset input")).to_have_value("Custom")
+    early = page.locator("#script_txt2img_tome_sampler_early_ratio input")
+    early.fill("0.6")
+    early.press("Enter")
+    hint = page.locator("#script_txt2img_tome_sampler_hint").first
+    expect(hint).to_contain_text("Merges 60% of the tokens of a layer while sigma is above 3, then 20% to 25%")
     press_generate(page)
     expect(page.locator("#html_info_txt2img").first).to_contain_text("ToMe ratio: 0.25")
+    expect(page.locator("#html_info_txt2img").first).to_contain_text("ToMe early ratio: 0.6")
+    early.click()
+    page.locator("ul.options li", has_text=re.compile(r"off\s*$")).first.click()
+    expect(hint).to_contain_text("Merges 20% to 25% of the tokens of a layer.")
 
 
 def test_page_a_preset_writes_the_controls(page: Page) -> None:
     chosen = page.locator("#script_txt2img_tome_sampler_preset input")
     chosen.click()
     page.locator("ul.options li", has_text=re.compile(r"Fast\s*$")).first.click()
-    expect(page.locator("#script_txt2img_tome_sampler_ratio input[type=number]")).to_have_value("0.9")
+    expect(page.locator("#script_txt2img_tome_sampler_ratio input[type=number]")).to_have_value("0.75")
+    expect(page.locator("#script_txt2img_tome_sampler_early_ratio input")).to_have_value("0.9")
     expect(page.locator("#script_txt2img_tome_sampler_hint").first).to_contain_text("90%")
 
 
@@ -588,12 +634,18 @@ def test_page_paste(page: Page) -> None:
     text = page.locator("#txt2img_prompt textarea")
     text.fill(
         "a blue fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256, "
-        "ToMe Sampler: Quality, ToMe importance: 0.4, ToMe modules: attn1+ff"
+        "ToMe Sampler: Quality, ToMe presets: 2, ToMe importance: 0.4, ToMe modules: attn1+ff"
     )
     page.locator("#txt2img_tools #paste").click()
     expect(page.locator("#script_txt2img_tome_sampler_importance input[type=number]")).to_have_value("0.4")
     expect(page.locator("#script_txt2img_tome_sampler_preset input")).to_have_value("Quality")
+    expect(page.locator("#script_txt2img_tome_sampler_early_ratio input")).to_have_value("0.5")
     expect(text).to_have_value("a blue fox")
+    text.fill("a fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256, ToMe Sampler: Fast")
+    page.locator("#txt2img_tools #paste").click()  # of before there was an early part
+    expect(page.locator("#script_txt2img_tome_sampler_ratio input[type=number]")).to_have_value("0.9")
+    expect(page.locator("#script_txt2img_tome_sampler_early_ratio input")).to_have_value("off")
+    expect(page.locator("#script_txt2img_tome_sampler_preset input")).to_have_value("Custom")
     text.fill("a fox\nSteps: 3, Sampler: Euler, CFG scale: 5, Seed: 3, Size: 256x256")
     page.locator("#txt2img_tools #paste").click()
     expect(page.locator("#script_txt2img_tome_sampler_ratio")).not_to_be_visible()
