@@ -147,6 +147,22 @@ def test_combinations_that_cannot_work_are_refused() -> None:
     assert MergeConfig(ratio=0.93, stride=4).ratio == 0.93  # a larger stride can give more
 
 
+@given(st.floats(0, 0.99))
+def test_the_early_part_has_the_smallest_cells_that_can_give_it(early_ratio: float) -> None:
+    config = MergeConfig(ratio=0.3, early_ratio=early_ratio, proportional=False)
+    assert config.early is not None
+    assert config.early == config.with_(ratio=early_ratio, threshold=None, stride=config.early.stride, early_ratio=None)
+    assert config.early.stride == 2 or early_ratio > 1 - 1 / (config.early.stride - 1) ** 2
+    assert config.is_early(3.1)
+    assert not config.is_early(3.0)
+
+
+def test_without_an_early_part_there_is_none() -> None:
+    for config in (MergeConfig(early_ratio=None), MergeConfig(ratio=0), MergeConfig.preset("tomesd")):
+        assert config.early is None
+        assert not config.is_early(10.0)
+
+
 def test_unknown_fields_and_presets_are_named() -> None:
     for make in (lambda: MergeConfig.from_dict({"rato": 1}), lambda: MergeConfig().with_(rato=1)):
         with pytest.raises(ValueError, match="no field 'rato'; it has ratio, "):

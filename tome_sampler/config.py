@@ -169,7 +169,7 @@ class MergeConfig:
         cells that can give it."""
         if self.early_ratio is None or self.ratio <= 0:
             return None
-        stride = max(math.ceil((1 - self.early_ratio) ** -0.5 - 1e-9), 2)
+        stride = next(s for s in range(2, 11) if self.early_ratio <= 1 - 1 / s**2)
         return self.with_(ratio=self.early_ratio, threshold=None, stride=stride, early_ratio=None)
 
     def is_early(self, sigma: float) -> bool:

@@ -37,4 +37,4 @@ def read_profile(path: Path | str) -> MergeConfig:
         raise ValueError(f"{path} cannot be read as a profile: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("config"), dict):
         raise ValueError(f'{path} is no profile: it must say "format": "{FORMAT}" and have a "config"')
-    return MergeConfig.from_dict(data["config"])
+    return MergeConfig.from_dict({"early_ratio": None, **data["config"]})  # one from before there was such a part

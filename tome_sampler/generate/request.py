@@ -55,7 +55,7 @@ class Request:
     @property
     def config(self) -> MergeConfig | None:
         """The settings of merging."""
-        return None if self.merging is None else MergeConfig.from_dict(self.merging)
+        return None if self.merging is None else MergeConfig.from_dict({"early_ratio": None, **self.merging})
 
     def one(self, prompt: str, seed: int, merging: MergeConfig | None) -> Request:
         """The request of a single one of its pictures."""
