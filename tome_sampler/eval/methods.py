@@ -25,8 +25,8 @@ DEFAULT = ",".join(
         *(f"tomesd:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
         *(f"ca-tome:r={threshold}" for threshold in (0.9, 0.7)),
         *(f"importance:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
-        *("quality:threshold=0.98,early_ratio=0.3", "quality:threshold=0.98", "quality", "default", "fast"),
-        *("fast:ratio=0.82,threshold=None,stride=3,early_ratio=0.984", "plain:other_seed=1"),
+        *("quality:threshold=0.95,early_ratio=None", "quality:threshold=0.98", "quality", "default", "fast"),
+        *("fast:ratio=0.816,threshold=None,stride=3,early_ratio=0.984,refresh=sigma_2", "plain:other_seed=1"),
     )
 )
 PEERS = ("tomesd", "ca-tome")

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_merging_arguments(parser)
     parser.add_argument("--tune", action="store_true", help="propose a threshold and a refresh policy, and run them")
     parser.add_argument(
-        "--share", type=float, default=0.4, help="with --tune: share of the tokens to be merged (default %(default)s)"
+        "--share",
+        type=float,
+        default=0.3,
+        help="with --tune: share of the tokens that the threshold merges (default %(default)s)",
     )
     parser.add_argument(
         "--loss", type=float, default=0.01,
