@@ -15,6 +15,7 @@ import torch
 
 import tome_sampler
 from tome_sampler.bench.memory import UNITS
+from tome_sampler.bench.methods import USUAL_STEPS
 from tome_sampler.bench.timing import clock_of
 
 _COLUMNS = (
@@ -137,7 +138,9 @@ def plotter() -> Any:
 
 
 def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-ups: bars where there is one size, curves over sizes where there are more."""
+    """Speed-ups: bars where there is one size, curves over sizes where there are more. Of the runs that are put
+    together, the usual one."""
+    rows = [row for row in rows if row["kind"] != "composed" or row["steps"] == USUAL_STEPS]
     cases = list(dict.fromkeys((row["arch"], row["batch"]) for row in rows))
     figure, grid = pyplot.subplots(1, len(cases), figsize=(8 * len(cases), 5), squeeze=False, layout="constrained")
     for axes, (arch, batch) in zip(grid[0], cases, strict=True):
