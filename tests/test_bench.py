@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from tome_sampler.attention import proportional_attention
 from tome_sampler.bench import memory
 from tome_sampler.bench.architectures import ARCHITECTURES, Architecture, build
 from tome_sampler.bench.chosen import EVERYTHING, choose
+from tome_sampler.bench.command import add_arguments
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.limits import Bound, Plan, Plans, ZeroOverhead, plan_of, record
 from tome_sampler.bench.methods import PLAIN, Merged, Method
@@ -28,8 +32,10 @@ from tome_sampler.bench.parts import profiled
 from tome_sampler.bench.peers import CaTome, TomeSd, threshold_for
 from tome_sampler.bench.rounds import Rounds, rotated
 from tome_sampler.bench.rows import rows_of
+from tome_sampler.bench.settings import Settings
 from tome_sampler.bench.timing import Taken
 from tome_sampler.cli import main
+from tome_sampler.hosts.families import mergeable
 
 KEYS = {
     *("method", "arch", "size", "batch", "dtype", "device", "backend", "seconds", "speedup"),
@@ -445,10 +451,12 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "sd3"], "arch is 'sd3'; it must be one of sd15, sd21, sdxl, embedded, tiny"),
+        (["--arch", "sd3"], "arch is 'sd3'; it must be one of sd15, sd21, sdxl, pixart, animatediff, embedded, tiny"),
         (["--size", "500"], "size is '500'; it must be a multiple of 64 from 512 to 2048"),
         (["--size", "4096"], "size is '4096'; it must be a multiple of 64 from 512 to 2048"),
         (["--batch", "0"], "batch is '0'; it must be a whole number from 1 to 64"),
+        (["--frames", "4"], "frames is 4; it must be left out with arch tiny"),
+        (["--arch", "animatediff", "--frames", "33"], "frames is 33; it must be from 1 to 32"),
         (["--dtype", "int8"], "dtype is 'int8'; it must be one of fp32, bf16, fp16"),
         (["--device", "tpu"], "device is 'tpu'; it must be cpu, cuda or cuda:NUMBER"),
         (["--device", "cuda:99"], "device is 'cuda:99'; torch sees"),
@@ -467,6 +475,10 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         (["--threads", "0"], "threads is 0; it must be from 1"),
         (["--seed", "-1"], "seed is -1; it must be from 0"),
         (["--checkpoint", "none.safetensors"], "arch is tiny; with a checkpoint it must be one of sd15, sd21, sdxl"),
+        (
+            ["--arch", "pixart", "--checkpoint", "none.safetensors"],
+            "arch is pixart; with a checkpoint it must be one of",
+        ),
         (["--arch", "sd15", "--checkpoint", "none.safetensors"], "checkpoint is 'none.safetensors'; it must be"),
         (["--json", "no/such/folder/bench.json"], "there is no folder no/such/folder"),
     ],
@@ -512,14 +524,21 @@ def test_what_does_not_fit_into_memory_is_refused(
 
 
 def test_layouts_are_the_published_ones() -> None:
-    """By their numbers of parameters and of self-attention layers."""
-    from diffusers import UNet2DConditionModel
+    """By their numbers of parameters, of self-attention layers, and of those blocks that may be merged."""
+    import diffusers
 
-    for name, parameters, layers in (("sd15", 859520964, 16), ("sd21", 865910724, 16), ("sdxl", 2567463684, 70)):
+    for name, parameters, layers, merged in (
+        ("sd15", 859520964, 16, 16),
+        ("sd21", 865910724, 16, 16),
+        ("sdxl", 2567463684, 70, 70),
+        ("pixart", 611349152, 28, 14),
+        ("animatediff", 859520964 + 417137600, 16 + 20, 16),
+    ):
         with torch.device("meta"):
-            model = UNet2DConditionModel(**ARCHITECTURES[name].config)
+            model = getattr(diffusers, ARCHITECTURES[name].model)(**ARCHITECTURES[name].config)
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert sum(n.endswith("attn1") for n, _ in model.named_modules()) == layers
+        assert len(mergeable(model)) == merged
 
 
 def test_sdxl_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,6 +557,113 @@ def test_sdxl_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # its finest attention is at half size
     assert all(short.shape == (4, 32, 32) for short in found.plans["default"].parts["later"].values())
     assert all(torch.isfinite(half).all() for halves in host.seen.values() for half in halves)
+
+
+NARROW = {
+    # their published blocks: fewer and narrower, on 16 x 16 latents
+    "pixart": {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 16}
+    | {"cross_attention_dim": 24, "caption_channels": 8},
+    "animatediff": {"block_out_channels": (16, 32), "layers_per_block": 1, "num_attention_heads": 2, "sample_size": 16}
+    | {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "norm_num_groups": 8}
+    | {"up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "cross_attention_dim": 8}
+    | {"motion_num_attention_heads": 2},
+}
+FRAMES = 3
+
+
+@pytest.fixture(params=["pixart", "animatediff"])
+def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model that is no U-Net of Stable Diffusion's, under its own name."""
+    name: str = request.param
+    known = ARCHITECTURES[name]
+    small = replace(known, config={**known.config, **NARROW[name]}, size=128, settings={"min_tokens": 0})
+    monkeypatch.setitem(ARCHITECTURES, name, replace(small, frames=small.frames and FRAMES))
+    return name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_other_families_are_merged_as_in_their_pipelines(
+    other: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latent's shape comes out; of PixArt the middle half of the blocks is merged; frames are images."""
+    model = build(other, torch.float32, torch.device("cpu"), seed=0)
+    host = Host(other, ARCHITECTURES[other], model, size=128, batch=batch)
+    ours = Merged("default", host, HALF)
+    inputs = host.inputs(host.noise * SIGMA, SIGMA)
+    plain, _ = record(Method("plain", host), inputs, SIGMA, 0)
+    maps: list[Tensor] = []
+    monkeypatch.setattr(MergeSession, "observe", lambda self, *halves: maps.extend(halves))
+    ours.begin("refresh", SIGMA)
+    seen, out = record(ours, inputs, SIGMA, 0)
+    shape = {"pixart": (batch, 4, 16, 16), "animatediff": (batch, 4, FRAMES, 16, 16)}[other]
+    assert host.noise.shape == shape
+    assert out.shape == inputs[0].shape == (2 * batch, *shape[1:])
+    assert out.isfinite().all()
+    assert host.advance(host.noise, out, SIGMA, 1.0).shape == shape
+    plan = plan_of(seen, plain)
+    finest = ("down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1")
+    blocks = {
+        "pixart": {f"transformer_blocks.{number}" for number in (1, 2)},
+        "animatediff": {f"{name}.transformer_blocks.0" for name in finest},
+    }
+    assert set(plan) == {f"{block}.attn1" for block in blocks[other]}
+    images = batch * FRAMES if other == "animatediff" else batch
+    assert {(short.shape[0], short.shape[1] / short.tokens) for short in plan.values()} == {(2 * images, 0.5)}
+    cond = out.chunk(2)[1]
+    frame = cond[-1] if other == "pixart" else cond[-1, :, -1]
+    assert maps[0].shape == maps[1].shape == (images, 4, 16, 16)
+    assert torch.equal(maps[0][-1], frame)
+
+
+def test_other_families_are_measured(other: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every kind of row, without the packages that know Stable Diffusion's U-Nets only."""
+    pytest.importorskip("tomesd")
+    pytest.importorskip("ca_tome")
+    arguments = ["--methods", "plain,bound,tomesd,ca-tome,default", "--repeats", "1", "--steps", "2", "--quiet"]
+    assert main(["bench", "--arch", other, *arguments, "--json", str(tmp_path / "bench.json")]) == 0
+    data = json.loads((tmp_path / "bench.json").read_text())
+    phases = {f"default/{phase}" for phase in ("early refresh", "early reuse", "refresh", "reuse")}
+    found = {(row["kind"], row["method"]): row for row in data["results"]}
+    limits = {"zero_overhead/early", "zero_overhead/later"}
+    assert {method for kind, method in found if kind == "step"} == {"plain", "bound", *limits, *phases}
+    assert {method for kind, method in found if kind == "run"} == {"plain", "bound", "zero_overhead", "default"}
+    for row in found.values():
+        assert row.keys() >= KEYS
+        assert row["seconds"] > 0
+        assert row["frames"] == ARCHITECTURES[other].frames
+    assert found["step", "default/reuse"]["merged_fraction"] == 0.5
+    assert found["step", "default/early reuse"]["merged_fraction"] == 0.75
+    assert found["step", "default/reuse"]["launches_per_layer"]["matching"] == 0
+    notes = " ".join(data["machine"]["notes"])
+    for package in ("tomesd", "ca-tome"):
+        assert f"{package} does not run on {other}: TypeError: it is made for UNet2DConditionModel" in notes
+    assert (f"batch 1 of {FRAMES} frames" in capsys.readouterr().out) == (other == "animatediff")
+
+
+def test_noise_levels_are_those_that_a_family_was_trained_on() -> None:
+    from diffusers import DDIMScheduler
+
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(in_channels=4)  # type: ignore[assignment]
+    for name, first, last, schedule in (
+        ("sd15", 0.00085, 0.012, "scaled_linear"),
+        ("animatediff", 0.00085, 0.012, "linear"),
+        ("pixart", 0.0001, 0.02, "linear"),
+    ):
+        host = Host(name, replace(ARCHITECTURES[name], conditioning=lambda *_: {}), model, size=64, batch=1)
+        scheduler = DDIMScheduler(beta_start=first, beta_end=last, beta_schedule=schedule)
+        least, most = (float(scheduler.alphas_cumprod[i]) for i in (-1, 0))
+        assert host.sigmas(20)[0] == pytest.approx((1 / least - 1) ** 0.5, rel=1e-3)
+        assert host.sigmas(20)[-1] == pytest.approx((1 / most - 1) ** 0.5, rel=1e-3)
+
+
+def test_a_clip_is_as_long_as_it_is_said_to_be(other: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    frames = ["--frames", "5"] if other == "animatediff" else []
+    given = Settings.of(parser.parse_args(["--arch", other, "--methods", "plain", *frames]))
+    assert given.architecture(other).frames == (5 if other == "animatediff" else None)
 
 
 @pytest.mark.parametrize("single", [True, False])

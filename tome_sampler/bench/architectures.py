@@ -17,6 +17,7 @@ from tome_sampler.bench.memory import require_memory
 
 Prediction = Literal["eps", "v"]
 _DOWN, _UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+_CAPTION = 120  # tokens of PixArt-alpha's
 
 
 def call_unet(model: nn.Module, x: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
@@ -37,13 +38,32 @@ def conditioning_of_unet(model: nn.Module, rows: int, dtype: torch.dtype, genera
     return {**given, "added_cond_kwargs": {"text_embeds": text.to(dtype), "time_ids": sizes.to(dtype)}}
 
 
+def call_pixart(model: nn.Module, x: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
+    """A timestep for each row, and the prediction alone: the rest of what comes out is a learned variance."""
+    out: Tensor = model(x, timestep=timestep.expand(len(x)), return_dict=False, **conditioning)[0]
+    return out[:, : x.shape[1]]
+
+
+def conditioning_of_pixart(
+    model: nn.Module, rows: int, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    """A random caption, none of it padding, and the picture's size."""
+    config: Any = model.config
+    text = torch.randn(rows, _CAPTION, config.caption_channels, generator=generator).to(dtype)
+    size = {"resolution": torch.full((rows, 2), 1024.0).to(dtype), "aspect_ratio": torch.ones(rows, 1, dtype=dtype)}
+    mask = torch.ones(rows, _CAPTION, dtype=dtype)
+    return {"encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": size}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model that can be measured.
 
     config: as published, of the diffusers class `model`. size: pixels, for a model that has only one. scale: pixels for
-    each latent's side. trained: its weights are real, so that presets run as they are. settings: of presets, where
-    the model needs others. call, conditioning: how it is called, and with what beside latent and timestep.
+    each latent's side. frames: of a clip, where it draws clips. betas: the first and the last one of its noise
+    schedule; between them they lie on a line, or, unless `linear`, their roots do. trained: its weights are real, so
+    that presets run as they are. settings: of presets, where the model needs others. call, conditioning: how it is
+    called, and with what beside latent and timestep.
     """
 
     config: Mapping[str, Any]
@@ -51,10 +71,18 @@ class Architecture:
     prediction: Prediction = "eps"
     size: int | None = None
     scale: int = 8
+    frames: int | None = None
+    betas: tuple[float, float] = (0.00085, 0.012)
+    linear: bool = False
     trained: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Tensor] = call_unet
     conditioning: Callable[[nn.Module, int, torch.dtype, torch.Generator], dict[str, Any]] = conditioning_of_unet
+
+    @property
+    def is_plain_unet(self) -> bool:
+        """Whether it is of Stable Diffusion's class, which checkpoints and other packages are for."""
+        return self.model == "UNet2DConditionModel"
 
 
 _STABLE_DIFFUSION: dict[str, Any] = {
@@ -94,6 +122,41 @@ ARCHITECTURES: dict[str, Architecture] = {
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         }
+    ),
+    "pixart": Architecture(  # PixArt-alpha XL/2, 1024 pixels
+        {
+            "num_layers": 28,
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 8,
+            "sample_size": 128,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+            "use_additional_conditions": True,
+        },
+        model="PixArtTransformer2DModel",
+        betas=(0.0001, 0.02),
+        linear=True,
+        call=call_pixart,
+        conditioning=conditioning_of_pixart,
+    ),
+    "animatediff": Architecture(  # the motion modules of version 3, which has none in the middle, on SD 1.5
+        {
+            **_STABLE_DIFFUSION,
+            "sample_size": 64,
+            "num_attention_heads": 8,
+            "cross_attention_dim": 768,
+            "down_block_types": ("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
+            "up_block_types": ("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * 3,
+            "motion_max_seq_length": 32,
+            "motion_num_attention_heads": 8,
+            "use_motion_mid_block": False,
+        },
+        model="UNetMotionModel",
+        frames=16,
+        linear=True,
     ),
     "embedded": Architecture({}, prediction="v", size=128, scale=2, trained=True),
     "tiny": Architecture(  # for tests: the same blocks, on 256 and 64 tokens
@@ -158,6 +221,8 @@ def _fill(model: nn.Module, seed: int) -> nn.Module:
             module.weight.data.fill_(1)
         if isinstance(getattr(module, "bias", None), Tensor):
             module.bias.data.zero_()  # type: ignore[operator]
+    for buffer in model.buffers():  # positions, of the variance that sines have
+        buffer.normal_(0, math.sqrt(1 / 2), generator=generator)
     return model
 
 

@@ -44,7 +44,7 @@ class Chosen:
         if self.name == "tomesd":
             return TomeSd(self.label, host, {"ratio": ratio, **arguments})
         if self.name == "ca-tome":
-            if "r" not in arguments and not host.architecture.trained:
+            if "r" not in arguments and not host.architecture.trained and host.architecture.is_plain_unet:
                 arguments["r"] = _threshold(ratio, host)
             return CaTome(self.label, host, arguments)
         if self.name == "hypertile":

@@ -14,13 +14,16 @@ Methods, in turn within each round:
 plain and zero_overhead are always measured: all figures are relative to them. Models have the published layouts and
 random weights, on which a similarity means nothing: there, presets merge --ratio of the tokens, without a threshold,
 and before early_sigma their early_ratio as always; default:early_ratio=None merges the same in all of a run.
-"embedded" is the small trained model of the demonstration; it runs the presets as they are.
+"embedded" is the small trained model of the demonstration; it runs the presets as they are. On pixart and animatediff
+the other packages do not run: they are made for Stable Diffusion's U-Nets.
 
 examples:
   tome-sampler bench --arch embedded --quick
   tome-sampler bench --arch sd15 --size 512 --methods plain,bound,tomesd,ca_tome,default
   tome-sampler bench --arch sd15,sdxl --size 512,1024 --dtype bf16 --steps 20,50 --json bench.json --plot bench.png
   tome-sampler bench --arch sd15 --device cuda --dtype fp16 --backend flash --batch 1,4 --methods default:ratio=0.7
+  tome-sampler bench --arch pixart --size 1024 --dtype bf16 --methods plain,bound,default
+  tome-sampler bench --arch animatediff --frames 4 --dtype bf16 --methods plain,bound,default
   tome-sampler bench --calibrate --device cuda --dtype fp16
 """
 
@@ -39,13 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         default="sd15",
         metavar="A,B",
-        help="sd15, sd21, sdxl, embedded; tiny, for tests (default %(default)s)",
+        help="sd15, sd21, sdxl, pixart, animatediff, embedded; tiny, for tests (default %(default)s)",
     )
     model.add_argument(
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="real weights for --arch: a diffusers folder or a single .safetensors file, local",
+        help="real weights for --arch sd15, sd21 or sdxl: a diffusers folder or a single .safetensors file, local",
     )
     model.add_argument(
         "--size",
@@ -55,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--batch", default="1", metavar="N,M", help="images; guidance doubles them (default %(default)s)"
+    )
+    model.add_argument(
+        "--frames", type=int, metavar="N", help="of a clip, 1 to 32, for animatediff (default: 16, as it was trained)"
     )
     model.add_argument("--dtype", default="fp32", metavar="D", help="fp32, bf16 or fp16 (default %(default)s)")
     model.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default %(default)s)")

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tome_sampler import ModelCall
@@ -20,8 +21,9 @@ class Host:
     """A model at one size and batch.
 
     Attributes:
-        model: what is patched. noise: the run's start (images c h w), of variance 1. seen: both branches' output of a
-            plain call, (cond, uncond), by its noise level: it gives importance to a step that is measured alone.
+        model: what is patched. noise: the run's start (batch c h w), or of clips (batch c f h w), of variance 1.
+            images: in a branch, a clip's frames one by one. seen: both branches' output of a plain call,
+            (cond, uncond), by its noise level: it gives importance to a step that is measured alone.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Host:
         self.latent_size = (side, side)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
         config: Any = model.config
-        self.noise = torch.randn(batch, config.out_channels, side, side, generator=generator).to(self.device)
+        frames = () if architecture.frames is None else (architecture.frames,)
+        self.images = batch * math.prod(frames)
+        self.noise = torch.randn(batch, config.in_channels, *frames, side, side, generator=generator).to(self.device)
         self.seen: dict[float, tuple[Tensor, Tensor]] = {}
         if name == "embedded":
             from tome_sampler import demo
@@ -45,24 +49,31 @@ class Host:
             self._given = {"encoder_hidden_states": demo.encode(captions).to(self.device, self.dtype)}
             alphas = alphas_cumprod().double()
         else:
-            rows = len(_BRANCHES) * batch
-            self._given = _to(architecture.conditioning(model, rows, self.dtype, generator), self.device)
-            alphas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double().square().neg().add(1).cumprod(0)
+            self._given = _to(architecture.conditioning(model, self.rows, self.dtype, generator), self.device)
+            power = 1.0 if architecture.linear else 0.5
+            first, last = (beta**power for beta in architecture.betas)
+            betas = torch.linspace(first, last, 1000).double() ** (1 / power)
+            alphas = (1 - betas).cumprod(0)
         self._log_sigmas = ((1 - alphas) / alphas).sqrt().log()
 
     @property
     def rows(self) -> int:
-        """Batch rows of a model call."""
-        return len(_BRANCHES) * self.batch
+        """Batch rows inside a model call, each of them a picture or a frame."""
+        return len(_BRANCHES) * self.images
 
     def needs(self, whole_scores: bool, foreign: bool) -> float:
         """About how many bytes a call takes beside the weights. whole_scores: attention writes all of its scores at
         once. foreign: a package matches, which compares three quarters of the tokens with the rest at once."""
-        tokens = self.latent_size[0] * self.latent_size[1]
         config: Any = self.model.config
+        tokens = self.latent_size[0] * self.latent_size[1] // getattr(config, "patch_size", 1) ** 2
+        if hasattr(config, "block_out_channels"):
+            channels, heads = config.block_out_channels[0], 8
+        else:
+            heads = config.num_attention_heads
+            channels = heads * config.attention_head_dim
         item = self.noise.new_empty(0, dtype=self.dtype).element_size()
-        scores = tokens**2 * max(2 * 8 * whole_scores, foreign * 3 / 16)
-        return float(self.rows * item * (_TENSORS * tokens * config.block_out_channels[0] + scores))
+        scores = tokens**2 * max(2 * heads * whole_scores, foreign * 3 / 16)
+        return float(self.rows * item * (_TENSORS * tokens * channels + scores))
 
     def sigmas(self, steps: int) -> list[float]:
         """A run's noise levels, those of Karras et al. (2022) with rho 7, without the 0 at their end."""
@@ -88,17 +99,19 @@ class Host:
 
     def describe(self, sigma: float) -> ModelCall:
         """What a session is told of the call."""
-        return ModelCall.chunked(sigma, self.latent_size, _BRANCHES, self.batch)
+        return ModelCall.chunked(sigma, self.latent_size, _BRANCHES, self.images)
 
     @staticmethod
     def halves(out: Tensor) -> tuple[Tensor, Tensor]:
-        """The (cond, uncond) halves of an output."""
+        """The (cond, uncond) halves of an output, (images c h w) each."""
+        if out.ndim == 5:
+            out = rearrange(out, "b c f h w -> (b f) c h w")
         uncond, cond = out.chunk(2)
         return cond, uncond
 
     def advance(self, x: Tensor, out: Tensor, sigma: float, following: float) -> Tensor:
         """Euler's step from one noise level to the next, with guidance."""
-        cond, uncond = self.halves(out.float())
+        uncond, cond = out.float().chunk(2)
         predicted = uncond + GUIDANCE * (cond - uncond)
         if self.architecture.prediction == "v":
             denoised = x / (sigma**2 + 1) - predicted * sigma / math.sqrt(sigma**2 + 1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from tome_sampler.bench import report
-from tome_sampler.bench.architectures import ARCHITECTURES, build
+from tome_sampler.bench.architectures import build
 from tome_sampler.bench.backends import attention_on
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.memory import require_memory
@@ -36,7 +35,7 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
         for name in settings.archs:
             torch.manual_seed(settings.seed)
             model = build(name, DTYPES[settings.dtype], settings.device, settings.seed, settings.checkpoint)
-            architecture = replace(ARCHITECTURES[name], trained=settings.trained(name))
+            architecture = settings.architecture(name)
             if not architecture.trained:
                 notes.append(
                     f"{name} has random weights: similarities mean nothing, so presets merge {settings.ratio:g} of the "
@@ -57,6 +56,7 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
                     "arch": name,
                     "size": size,
                     "batch": batch,
+                    "frames": architecture.frames,
                     "dtype": settings.dtype,
                     "device": str(settings.device),
                     "backend": settings.backend,

@@ -54,7 +54,18 @@ class _Peer(Method):
         """Patch the model as the package's users do."""
 
     def on(self) -> AbstractContextManager[None]:
+        self.require_unet()
         return self._patch.on()
+
+    def require_unet(self) -> None:
+        """Of other models these packages take frames for the picture's height, and replace blocks by what leaves out
+        PixArt's adaLN: another model, and often without an error.
+
+        Raises:
+            TypeError: it is such a model.
+        """
+        if not self.host.architecture.is_plain_unet:
+            raise TypeError(f"it is made for UNet2DConditionModel, and this is {self.host.architecture.model}")
 
     def restart(self, sigmas: list[float]) -> None:
         del sigmas
@@ -167,6 +178,7 @@ class HyperTile(_Peer):
 
     @contextmanager
     def on(self) -> Iterator[None]:
+        self.require_unet()
         split = self.package.split_attention
         pixels = self.host.latent_size[0] * 8  # what it takes for the picture's size
         known = inspect.signature(split).parameters

@@ -72,9 +72,10 @@ def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         found = list(group)
         arch, size, batch = case
         first = found[0]
+        frames = f" of {first['frames']} frames" if first["frames"] else ""
         lines += [
-            f"### {arch}, {size} x {size}, batch {batch} (x 2 for guidance), {first['dtype']}, {first['device']}, "
-            f"attention {first['backend']}",
+            f"### {arch}, {size} x {size}, batch {batch}{frames} (x 2 for guidance), {first['dtype']}, "
+            f"{first['device']}, attention {first['backend']}",
             "",
             f"| {' | '.join(_COLUMNS)} |",
             "|" + "---|" * len(_COLUMNS),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tome_sampler.bench.architectures import ARCHITECTURES
+from tome_sampler.bench.architectures import ARCHITECTURES, Architecture
 from tome_sampler.bench.backends import BACKENDS
 from tome_sampler.bench.chosen import Chosen, choose
 from tome_sampler.bench.host import Host
@@ -17,6 +17,7 @@ from tome_sampler.bench.methods import Method
 from tome_sampler.models import DTYPES
 
 SIZES = (512, 2048, 64)  # the least, the most, and what they must be multiples of
+MOST_FRAMES = 32  # that AnimateDiff's motion modules have positions for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Settings:
     checkpoint: Path | None
     sizes: tuple[int, ...]
     batches: tuple[int, ...]
+    frames: int | None
     dtype: str
     device: torch.device
     backend: str
@@ -55,6 +57,7 @@ class Settings:
             checkpoint=args.checkpoint,
             sizes=_numbers("size", args.size, *SIZES),
             batches=_numbers("batch", args.batch, 1, 64),
+            frames=None if args.frames is None else in_range("frames", args.frames, 1, MOST_FRAMES),
             dtype=one_of("dtype", args.dtype, tuple(DTYPES)),
             device=device_of(args.device),
             backend=one_of("backend", args.backend, BACKENDS),
@@ -74,12 +77,15 @@ class Settings:
     def _check(self) -> None:
         """What goes together."""
         for name in self.archs:
-            if self.checkpoint is not None and (len(self.archs) > 1 or ARCHITECTURES[name].size is not None):
+            loads = len(self.archs) == 1 and ARCHITECTURES[name].is_plain_unet and ARCHITECTURES[name].size is None
+            if self.checkpoint is not None and not loads:
                 raise ValueError(
                     f"arch is {','.join(self.archs)}; with a checkpoint it must be one of sd15, sd21, sdxl"
                 )
             for method in self.chosen:
                 method.config(self._common(name))
+        if self.frames is not None and not any(ARCHITECTURES[name].frames for name in self.archs):
+            raise ValueError(f"frames is {self.frames}; it must be left out with arch {','.join(self.archs)}")
         if self.ratio > 0.75 and any(method.name == "tomesd" for method in self.chosen):
             raise ValueError(
                 f"ratio is {self.ratio:g}; with tomesd, which never merges more, it must be from 0 to 0.75"
@@ -88,6 +94,11 @@ class Settings:
     def trained(self, arch: str) -> bool:
         """Whether its weights are real, so that similarities mean something."""
         return ARCHITECTURES[arch].trained or self.checkpoint is not None
+
+    def architecture(self, name: str) -> Architecture:
+        """What is measured by this name here."""
+        known = ARCHITECTURES[name]
+        return replace(known, trained=self.trained(name), frames=known.frames and (self.frames or known.frames))
 
     def methods_on(self, host: Host) -> list[Method]:
         """The methods at work on a model, the plain one first."""
