@@ -645,7 +645,7 @@ def test_noise_levels_are_those_that_a_family_was_trained_on() -> None:
     from diffusers import DDIMScheduler
 
     model = nn.Linear(1, 1)
-    model.config = SimpleNamespace(in_channels=4)  # type: ignore[assignment]
+    model.config = SimpleNamespace(in_channels=4, out_channels=4)  # type: ignore[assignment]
     for name, first, last, schedule in (
         ("sd15", 0.00085, 0.012, "scaled_linear"),
         ("animatediff", 0.00085, 0.012, "linear"),
@@ -688,3 +688,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "--help"])
     assert stop.value.code == 0
     assert "tome-sampler bench --arch sd15 --size 512" in capsys.readouterr().out
+
+
+def test_the_embedded_model_is_measured_too() -> None:
+    """Its input has places beside the latent, which a run's noise has not."""
+    model = build("embedded", torch.float32, torch.device("cpu"), seed=0)
+    host = Host("embedded", ARCHITECTURES["embedded"], model, size=32, batch=1)
+    out = host(host.inputs(host.noise, 5.0))
+    assert out.shape == (2, *host.noise.shape[1:])
+    assert host.noise.shape[1] == model.config.out_channels  # type: ignore[union-attr]
+    assert torch.isfinite(host.advance(host.noise, out, 5.0, 4.0)).all()

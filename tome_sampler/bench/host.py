@@ -38,7 +38,9 @@ class Host:
         config: Any = model.config
         frames = () if architecture.frames is None else (architecture.frames,)
         self.images = batch * math.prod(frames)
-        self.noise = torch.randn(batch, config.in_channels, *frames, side, side, generator=generator).to(self.device)
+        # of what goes in some may be places, of what comes out a variance
+        channels = min(config.in_channels, config.out_channels)
+        self.noise = torch.randn(batch, channels, *frames, side, side, generator=generator).to(self.device)
         self.seen: dict[float, tuple[Tensor, Tensor]] = {}
         if name == "embedded":
             from tome_sampler import demo
