@@ -205,6 +205,46 @@ def animate() -> AnimateDiffPipeline:
     return pipe
 
 
+class ReferenceAttention:
+    """Zero123++'s pattern, an attention processor of our own. In the pass "w" a layer's tokens are written down; in the
+    pass "r" the tokens of all rows but the first, which is unguided, attend to those as well.
+
+    Args:
+        context: gets the length of what they attend to, of each call.
+    """
+
+    def __init__(self, name: str, context: list[int]) -> None:
+        self.name, self.context = name, context
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mode: str | None = None,
+        ref: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        def attend(x: Tensor, context: Tensor) -> Tensor:
+            q, k, v = (
+                to(t).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for to, t in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
+            )
+            out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
+
+        if encoder_hidden_states is not None:
+            return attend(hidden_states, encoder_hidden_states)
+        if ref is None:
+            return attend(hidden_states, hidden_states)
+        if mode == "w":
+            ref[self.name] = hidden_states
+            return attend(hidden_states, hidden_states)
+        context = torch.cat([hidden_states[1:], ref[self.name]], 1)
+        self.context.append(context.shape[1])
+        return torch.cat([attend(hidden_states[:1], hidden_states[:1]), attend(hidden_states[1:], context)])
+
+
 def structured(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Latents (... h w) with plain areas and a shape in them, and a little noise: what pictures are like."""
     generator = torch.Generator().manual_seed(seed)

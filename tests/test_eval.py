@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import sd
+from pipelines import animate, sd
 
 from tome_sampler.cli import main
 from tome_sampler.demo import load_model
@@ -215,6 +215,9 @@ def test_a_checkpoint_and_free_prompts(tmp_path: Path, capsys: pytest.CaptureFix
     assert "scene FD" not in capsys.readouterr().out
     assert main(["eval", "--model", str(model), "--quiet"]) == 2
     assert "needs --prompt-file" in capsys.readouterr().err
+    animate().save_pretrained(tmp_path / "clips")
+    assert main(arguments(prompts, file, "--model", str(tmp_path / "clips"), methods="default")) == 2
+    assert "draws clips, and eval compares pictures" in capsys.readouterr().err
     (model / "unet" / "config.json").write_text("{}")
     assert main(given) == 2
     assert "tome-sampler eval: " in capsys.readouterr().err

@@ -19,7 +19,7 @@ from tome_sampler.cli import main
 from tome_sampler.generate.request import Request, read_png, write_png
 from tome_sampler.models import Model, open_model
 from tome_sampler.models.pipeline import PipelineModel
-from tome_sampler.models.run import Settings, sample
+from tome_sampler.models.run import Settings, noise, sample
 from tome_sampler.profiles import read_profile, write_profile
 
 PROMPT = "a large red ring in the middle on wavy navy"
@@ -122,6 +122,129 @@ def test_a_folder_of_diffusers(folder: Path, tmp_path: Path, way: list[str]) -> 
     image = ["--image", str(tmp_path / row["merged"]), "--strength", "0.7", "--out", str(tmp_path / "image")]
     assert main([*common, "--steps", "3", *image, *way]) == 0
     assert pixels(tmp_path / "image" / "0000-seed0.png").shape == (128, 128, 3)
+
+
+def without_image_parts(pipe: Any) -> dict[str, Any]:
+    return {name: part for name, part in pipe.components.items() if name not in ("feature_extractor", "image_encoder")}
+
+
+@pytest.fixture(scope="session")
+def moving_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of AnimateDiff on Stable Diffusion 1.5's layout."""
+    path = tmp_path_factory.mktemp("animatediff")
+    pipelines.animate().save_pretrained(path)
+    return path
+
+
+def frames(path: Path) -> list[Any]:
+    with Image.open(path) as image:
+        count = getattr(image, "n_frames", 1)
+        found = []
+        for number in range(count):
+            image.seek(number)
+            found.append(np.asarray(image.convert("RGB")).copy())
+        return found
+
+
+@pytest.mark.parametrize("way", [["--sampler", "euler"], ["--scheduler"]], ids=" ".join)
+def test_a_clip_is_an_animated_png_that_another_run_reads_back(
+    moving_folder: Path, tmp_path: Path, way: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", "a b", "--model", str(moving_folder), "--size", "128", "--set", "min_tokens=0", *way]
+    options = ["--frames", "3", "--steps", "3", "--quiet", "--batch", "2", "--count", "2", "--compare"]
+    assert main([*common, *options, "--out", str(tmp_path)]) == 0
+    assert "dB" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "report.json").read_text())["pictures"]
+    assert [row["merged_fraction"] >= 0.2 for row in rows] == [True, True]
+    drawn = frames(tmp_path / "0001-seed1.png")
+    assert [frame.shape for frame in drawn] == [(128, 128, 3)] * 3
+    assert (drawn[0] != drawn[1]).any()
+    sheets = frames(tmp_path / "0001-seed1-compare.png")
+    assert len(sheets) == 3
+    assert sheets[0].shape[1] > 3 * 128
+    plain = frames(tmp_path / "0001-seed1-plain.png")
+    error = np.square((np.stack(plain).astype(float) - np.stack(drawn)) / 127.5).mean()
+    assert rows[1]["psnr"] == pytest.approx(10 * np.log10(4 / error), abs=0.3)  # bytes are rounded
+    assert read_png(tmp_path / "0001-seed1.png").frames == 3
+    again = tmp_path / "again"  # alone, where it was one of two
+    assert main(["generate", "--from-png", str(tmp_path / "0001-seed1.png"), "--out", str(again), "--quiet"]) == 0
+    for a, b in zip(frames(again / "0000-seed1.png"), drawn, strict=True):
+        assert abs(a.astype(int) - b).max() <= 1
+
+
+def test_a_clip_is_what_the_pipeline_draws() -> None:
+    """Euler's method, from the same noise, by k-diffusion and by the pipeline, both merged."""
+    pipe: Any = pipelines.animate()
+    model, config = PipelineModel(pipe, "it"), MergeConfig(ratio=0.3, threshold=None, early_ratio=None, min_tokens=0)
+    own = pipe.scheduler
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(own.config, timestep_spacing="linspace")
+    try:
+        pipe.scheduler.set_timesteps(3)
+        sigmas = pipe.scheduler.sigmas
+        start = noise([4], (4, 3, 16, 16))
+        from tome_sampler import CFGDenoiser, merging
+        from tome_sampler.sampling import sample_euler
+
+        cond, uncond = (model.condition([prompt], (128, 128)) for prompt in ("a b", ""))
+        extra = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+        with torch.no_grad(), merging(pipe.unet, config, sigmas=sigmas.tolist()) as session:
+            denoiser = CFGDenoiser(model.denoiser(), session)
+            ours = sample_euler(denoiser, start * sigmas[0], sigmas, extra_args=extra, disable=True)
+            merged = session.stats.to_dict()
+        with merging(pipe, config) as session:
+            theirs = pipe(
+                "a b", negative_prompt="", num_frames=3, num_inference_steps=3, guidance_scale=3.0,
+                latents=start * sigmas[0] / pipe.scheduler.init_noise_sigma, height=128, width=128,
+                output_type="latent",
+            ).frames  # fmt: skip
+            read = session.stats.to_dict()
+    finally:
+        pipe.scheduler = own
+    assert merged["merged_fraction"] == read["merged_fraction"] > 0.25
+    assert merged["notes"] == read["notes"] == []
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * float(theirs.abs().max()))
+
+
+def test_motion_modules_make_a_model_of_pictures_draw_clips(folder: Path, tmp_path: Path) -> None:
+    unet = pipelines.motion_unet()
+    unet.save_motion_modules(str(tmp_path / "motion"), safe_serialization=True)
+    options = ["--model", str(folder), "--motion", str(tmp_path / "motion"), "--size", "64", "--frames", "2"]
+    assert main(["generate", "a b", *options, "--out", str(tmp_path / "out"), *QUICK]) == 0
+    assert len(frames(tmp_path / "out" / "0000-seed0.png")) == 2
+    model: Any = open_model(str(folder), motion=str(tmp_path / "motion"))
+    assert model.usual.frames == 16
+    assert model.pipe.scheduler.config.beta_schedule == "linear"
+    found, expected = model.module.state_dict(), unet.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items() if "motion_modules" in name)
+
+
+def test_a_clip_starts_from_a_picture(moving_folder: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((64, 64, 3), 90, dtype=np.uint8)).save(tmp_path / "source.png")
+    options = ["--model", str(moving_folder), "--image", str(tmp_path / "source.png"), "--size", "64", "--frames", "2"]
+    assert main(["generate", "a b", *options, "--strength", "0.7", "--out", str(tmp_path / "out"), *QUICK]) == 0
+    assert len(frames(tmp_path / "out" / "0000-seed0.png")) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--frames", "40"], "frames is 40; it must be from 1 to 32"),
+        (["--frames", "0"], "frames is 0; it must be from 1 to 32"),
+        (["--motion", "nowhere"], "there is no nowhere"),
+        (["--motion", "."], "cannot be used"),
+    ],
+)
+def test_mistakes_about_clips_are_said_in_a_line(
+    given: list[str], message: str, folder: Path, moving_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    model = folder if "--motion" in given else moving_folder
+    assert main(["generate", "a b", "--model", str(model), *given, "--out", "out", *QUICK]) == 2
+    *loading, said = capsys.readouterr().err.strip().split("\n")
+    assert message in said
+    assert all("Loading" in line for line in loading)  # diffusers' progress
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["sd21", "sdxl", "pixart"])
@@ -238,9 +361,10 @@ def test_what_is_not_here_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_pipelines_of_other_kinds_are_said_to_be() -> None:
-    pipe: Any = pipelines.animate()
-    with pytest.raises(ValueError, match="videos are sampled by the pipeline itself"):
-        PipelineModel(pipe, "it")
+    pipe: Any = pipelines.sd()
+    moving: Any = diffusers.AnimateDiffVideoToVideoPipeline(**without_image_parts(pipelines.animate()))
+    with pytest.raises(ValueError, match="is a AnimateDiffVideoToVideoPipeline; of those that draw clips"):
+        PipelineModel(moving, "it")
     inpainting = type(pipelines.sd())(
         **{**pipelines.sd().components, "unet": pipelines.unet("sd15", in_channels=9)}, requires_safety_checker=False
     )
@@ -280,6 +404,8 @@ def test_a_folder_with_pickled_weights_needs_the_flag(folder: Path, tmp_path: Pa
         ([PROMPT, "--count", "0"], "at least 1"),
         ([PROMPT, "--batch", "0"], "at least 1"),
         ([PROMPT, "--dtype", "fp16"], "runs in 'fp32'"),
+        ([PROMPT, "--frames", "4"], "frames is 4; embedded draws single pictures"),
+        ([PROMPT, "--motion", "x/y"], "draws single pictures"),
         ([PROMPT, "--device", "abacus"], "device is 'abacus'"),
     ],
 )
@@ -311,7 +437,7 @@ def test_memory_that_runs_out_is_said(
 
 def test_a_request_survives_a_picture(tmp_path: Path) -> None:
     request = Request(("a", "ü"), size=(64, 96), scheduler="", merging=MergeConfig.preset("fast").to_dict())
-    write_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", request)
+    write_png([Image.new("RGB", (4, 4))], tmp_path / "a.png", request)
     assert read_png(tmp_path / "a.png") == request
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match="carries no settings"):

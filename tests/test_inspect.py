@@ -161,6 +161,19 @@ def test_a_video_is_looked_at_by_its_pipeline() -> None:
             assert all(len(call.layers) == 5 for call in probe.calls)
 
 
+def test_a_clip_is_looked_at_and_settings_are_proposed_for_it(tmp_path: Path) -> None:
+    pipelines.animate().save_pretrained(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--size", "64", "--frames", "2", "--steps", "3"]
+    options = ["--set", "min_tokens=0", "--tune", "--quiet", "--out", str(tmp_path)]
+    assert main(["inspect", "a b", *given, *options]) == 0
+    data = json.loads((tmp_path / "inspect.json").read_text())
+    assert data["settings"]["frames"] == 2
+    assert all(len(call["layers"]) == 5 for call in data["calls"])
+    assert data["merged"]["stats"]["merged_fraction"] > 0.2
+    assert (tmp_path / "maps.png").stat().st_size > 1000
+    assert read_profile(tmp_path / "profile.json").threshold == data["tuned"]["config"]["threshold"]
+
+
 def test_what_merges_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--steps", "2", "--size", "64", "--set", "min_tokens=5000", "--quiet"]
     assert main(["inspect", PROMPT, *options, "--out", str(tmp_path / "out")]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -438,45 +438,6 @@ def test_a_layout_that_the_latents_contradict_is_not_believed(pipe: StableDiffus
     assert "each row counts as a picture of its own" in stats["notes"][0]
 
 
-Read = Callable[..., Tensor]
-
-
-class ReferenceAttention:
-    """Zero123++'s pattern, written for this test. In the pass "w" a layer's tokens are written down; in the pass "r"
-    the tokens of all rows but the first, which is unguided, attend to those as well."""
-
-    def __init__(self, name: str, context: list[int]) -> None:
-        self.name, self.context = name, context
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        mode: str | None = None,
-        ref: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        def attend(x: Tensor, context: Tensor) -> Tensor:
-            q, k, v = (
-                to(t).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                for to, t in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
-            )
-            out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
-
-        if encoder_hidden_states is not None:
-            return attend(hidden_states, encoder_hidden_states)
-        if ref is None:
-            return attend(hidden_states, hidden_states)
-        if mode == "w":
-            ref[self.name] = hidden_states
-            return attend(hidden_states, hidden_states)
-        context = torch.cat([hidden_states[1:], ref[self.name]], 1)
-        self.context.append(context.shape[1])
-        return torch.cat([attend(hidden_states[:1], hidden_states[:1]), attend(hidden_states[1:], context)])
-
-
 class ReferenceUNet(nn.Module):
     """A U-Net that runs first over a condition's latents, of another size, and then over those to be denoised."""
 
@@ -486,7 +447,7 @@ class ReferenceUNet(nn.Module):
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.add_embedding = None
         self.condition = pipelines.structured((1, 4, 8, 8), seed=5)
-        unet.set_attn_processor({name: ReferenceAttention(name, context) for name in unet.attn_processors})
+        unet.set_attn_processor({name: pipelines.ReferenceAttention(name, context) for name in unet.attn_processors})
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         ref: dict[str, Tensor] = {}

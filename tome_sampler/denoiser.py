@@ -42,7 +42,7 @@ class CFGDenoiser(nn.Module):
             return getattr(self.inner_model, name)
 
     def forward(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float) -> Tensor:
-        """The guided estimate of the clean sample, in the shape of x (b c h w).
+        """The guided estimate of the clean sample, in the shape of x (b c h w), or of clips (b c frames h w).
 
         Args:
             sigma: noise levels (b,).
@@ -78,9 +78,7 @@ class CFGDenoiser(nn.Module):
             # uncond first, as k-diffusion's own scripts have it
             order = [len(parts) - 1, *range(len(parts) - 1)] if branches[-1] == "uncond" else [*range(len(parts))]
             batch = _concatenate([parts[i] for i in order])
-            out = self._call(
-                x.repeat(len(parts), 1, 1, 1), sigma.repeat(len(parts)), batch, [branches[i] for i in order]
-            )
+            out = self._call(torch.cat([x] * len(parts)), sigma.repeat(len(parts)), batch, [branches[i] for i in order])
             chunks = dict(zip(order, out.chunk(len(parts)), strict=True))
             return [chunks[i] for i in range(len(parts))]
         return [self._call(x, sigma, part, [branch]) for part, branch in zip(parts, branches, strict=True)]
@@ -90,7 +88,8 @@ class CFGDenoiser(nn.Module):
             out: Tensor = self.inner_model(x, sigma, cond=cond)
             return out
         size = (x.shape[-2], x.shape[-1])
-        with self.session.call(ModelCall.chunked(float(sigma.max()), size, branches, x.shape[0] // len(branches))):
+        images = x.shape[0] // len(branches) * (x.shape[2] if x.ndim == 5 else 1)
+        with self.session.call(ModelCall.chunked(float(sigma.max()), size, branches, images)):
             out = self.inner_model(x, sigma, cond=cond)
         return out
 

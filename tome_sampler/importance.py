@@ -11,16 +11,18 @@ def cfg_magnitude(cond: Tensor, uncond: Tensor) -> Tensor:
     """Importance (images h w), fp32: the channel mean of |cond - uncond|.
 
     Args:
-        cond, uncond: model outputs (images c h w) in eps, v or denoised space; the ranking is the same in each.
+        cond, uncond: model outputs (images c h w) in eps, v or denoised space; the ranking is the same in each. Of
+            clips (b c frames h w): each frame is an image.
 
     Raises:
-        ValueError: their shapes differ or are not four-dimensional.
+        ValueError: their shapes differ or are of neither kind.
     """
-    if cond.shape != uncond.shape or cond.ndim != 4:
+    if cond.shape != uncond.shape or cond.ndim not in (4, 5):
         raise ValueError(
             f"cond is {tuple(cond.shape)} and uncond {tuple(uncond.shape)}; both must be the same (images c h w)"
         )
-    return (cond.float() - uncond.float()).abs().mean(1)
+    magnitude = (cond.float() - uncond.float()).abs().mean(1)
+    return magnitude.flatten(0, -3)
 
 
 def importance_on_grid(importance: Tensor, grid: tuple[int, int]) -> Tensor:

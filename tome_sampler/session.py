@@ -187,12 +187,17 @@ class MergeSession:
 
     @torch.no_grad()
     def observe(self, cond: Tensor, uncond: Tensor) -> None:
-        """Importance for the next call, from both branches of this one: model outputs (images c h w)."""
+        """Importance for the next call, from both branches of this one: model outputs (images c h w), or of
+        clips (b c frames h w)."""
         self._importance = cfg_magnitude(cond, uncond)
         self._ranks.clear()
         self._cells.clear()
 
-    @torch.no_grad()
+    def leaves_alone(self, layer: Layer, n: int) -> bool:
+        """Whether a layer of n tokens is known not to be merged in all of this run: of a coarser level, or too short
+        to be worth it. That is nearly all there is to do in a small model, so it must cost nothing."""
+        return (layer.name, n) in self._left_alone
+
     def merge(
         self, layer: Layer, x: Tensor, metric: Tensor | None = None, grid: tuple[int, int] | None = None
     ) -> Pairing | None:
@@ -204,7 +209,7 @@ class MergeSession:
         if self.suspended or (self._call is not None and not self._call.images):
             return None
         b, n, _ = x.shape
-        if (layer.name, n) in self._left_alone:
+        if self.leaves_alone(layer, n):
             return None
         grid = grid or self.grid(n)
         if grid is None or grid[0] * grid[1] != n:
@@ -324,6 +329,7 @@ class MergeSession:
     def _prunes(self, moment: Moment | None) -> bool:
         return moment is not None and moment.fraction < self.config.prune_until - 1e-6
 
+    @torch.no_grad()
     def _pairing(
         self, layer: Layer, metric: Tensor, grid: tuple[int, int], images: tuple[int, ...], branches: tuple[str, ...]
     ) -> tuple[Pairing | None, bool]:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tome_sampler import ModelCall
@@ -105,9 +104,7 @@ class Host:
 
     @staticmethod
     def halves(out: Tensor) -> tuple[Tensor, Tensor]:
-        """The (cond, uncond) halves of an output, (images c h w) each."""
-        if out.ndim == 5:
-            out = rearrange(out, "b c f h w -> (b f) c h w")
+        """The (cond, uncond) halves of an output."""
         uncond, cond = out.chunk(2)
         return cond, uncond
 

@@ -26,12 +26,15 @@ _INK, _PAPER = (30, 30, 34), (250, 250, 248)
 
 
 def fidelity(picture: Tensor, reference: Tensor) -> tuple[float, float]:
-    """PSNR in dB (at most 99, for equal pictures) and SSIM of two pictures (3 h w) in [-1, 1]."""
-    a, b = (rearrange(p, "c h w -> h w c").numpy().astype(np.float64) for p in (picture, reference))
+    """PSNR in dB (at most 99, for equal pictures) and SSIM of two pictures (3 h w) in [-1, 1], or of two clips
+    (frames 3 h w): PSNR over all of its values, SSIM the mean of its frames."""
+    a, b = (rearrange(p, "... c h w -> ... h w c").numpy().astype(np.float64) for p in (picture, reference))
     if np.array_equal(a, b):
         return 99.0, 1.0
     psnr = peak_signal_noise_ratio(b, a, data_range=2.0)
-    return min(float(psnr), 99.0), float(structural_similarity(b, a, data_range=2.0, channel_axis=2))
+    frames = zip(*(p.reshape(-1, *p.shape[-3:]) for p in (b, a)), strict=True)
+    ssim = [structural_similarity(x, y, data_range=2.0, channel_axis=2) for x, y in frames]
+    return min(float(psnr), 99.0), float(np.mean(ssim))
 
 
 def _image(picture: Tensor) -> Image.Image:

@@ -52,6 +52,8 @@ def evaluate(args: argparse.Namespace) -> int:
         config=args.model_config,
         allow_pickle=args.allow_pickle,
     )
+    if model.usual.frames is not None:
+        raise ValueError(f"{model.name} draws clips, and eval compares pictures; generate --compare compares clips")
     settings = _settings(args, model)
     if prompts is None:
         if model.name != "embedded":

@@ -1,13 +1,16 @@
 """Draw pictures of prompts with a checkpoint, on merged tokens.
 
-The model is the embedded one, or Stable Diffusion 1.x, 2.x, SDXL or PixArt: a safetensors file, a diffusers folder, or
-its name on the hub. Sampling is k-diffusion's, by the sampler's name, or with --scheduler the pipeline's own.
+The model is the embedded one, or Stable Diffusion 1.x, 2.x, SDXL, PixArt or AnimateDiff: a safetensors file, a
+diffusers folder, or its name on the hub. --motion adds AnimateDiff's motion modules to a Stable Diffusion 1.x model:
+clips are animated PNGs, which browsers play. Sampling is k-diffusion's, by the sampler's name, or with --scheduler the
+pipeline's own.
 Each PNG carries its settings: --from-png reads them, and what else is given on the command line replaces them.
 
 examples:
   tome-sampler generate "a large red ring in the middle on wavy navy" --compare
   tome-sampler generate "a fox in the snow" --model sd15.safetensors --size 768 --preset fast
   tome-sampler generate "a fox in the snow" --model stabilityai/stable-diffusion-xl-base-1.0 --dtype fp16 --device cuda
+  tome-sampler generate "a fox runs in the snow" --model sd15.safetensors --motion motion-adapter-v1-5-2/ --frames 16
   tome-sampler generate --from-png out/generate/0000-seed0.png --preset fast:ratio=0.8 --set refresh=always
 """
 
@@ -59,6 +62,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="read pickled checkpoints (.ckpt, .bin) too. They can hold code that runs when they are read; torch is "
         "told to run none, and safetensors files cannot hold any",
     )  # fmt: skip
+    parser.add_argument(
+        "--motion", metavar="DIR",
+        help="diffusers folder or hub name of AnimateDiff's motion modules (a MotionAdapter), for Stable Diffusion 1.x",
+    )  # fmt: skip
+    parser.add_argument("--frames", type=int, help="of a clip (default: the model's, 16)")
     parser.add_argument("--negative", help="what not to draw")
     parser.add_argument("--size", metavar="SIDE|HxW", help="pixels (default: the model's)")
     parser.add_argument("--steps", type=int, help="sampling steps, at least 2 (default: the model's, 20)")
@@ -130,6 +138,8 @@ def request_of(args: argparse.Namespace) -> Request:
     names = (
         "model",
         "model_config",
+        "motion",
+        "frames",
         "dtype",
         "negative",
         "seed",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,25 @@ from tome_sampler.config import MergeConfig
 
 KEY = "tome_sampler"
 """The name of the text chunk of a PNG that holds the request."""
+_FRAME = 125  # milliseconds: AnimateDiff's clips have eight frames a second
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture, or, with several prompts or a count, several.
+    """One picture or clip, or, with several prompts or a count, several.
 
-    prompts: one or more. seed: of the first picture; each next one has the next. count: pictures of each prompt. size:
-    (height, width) in pixels. scheduler: None: `sampler`, of k-diffusion; else the pipeline's own loop, with a
-    scheduler of this name ("": its own one). merging: ``MergeConfig.to_dict``, or None: plain. image: a picture's path
-    to start from, and strength, how much of it may change, 0 .. 1. What is None is as the model usually has it.
+    motion: motion modules, by which a model of single pictures draws clips. frames: of a clip. prompts: one or more.
+    seed: of the first picture; each next one has the next. count: pictures of each prompt. size: (height, width) in
+    pixels. scheduler: None: `sampler`, of k-diffusion; else the pipeline's own loop, with a scheduler of this name ("":
+    its own one). merging: ``MergeConfig.to_dict``, or None: plain. image: a picture's path to start from, and strength,
+    how much of it may change, 0 .. 1. What is None is as the model usually has it.
     """
 
     prompts: tuple[str, ...]
     model: str = "embedded"
     model_config: str | None = None
+    motion: str | None = None
+    frames: int | None = None
     dtype: str = "fp32"
     negative: str = ""
     seed: int = 0
@@ -82,11 +86,14 @@ class Request:
         return cls(**data)
 
 
-def write_png(image: Image.Image, path: Path, request: Request) -> None:
-    """Save a picture with the request that it is the answer to."""
+def write_png(frames: Sequence[Image.Image], path: Path, request: Request) -> None:
+    """Save a picture, or the frames of a clip as an animated PNG, with the request that it is the answer to."""
     info = PngInfo()
     info.add_text(KEY, request.to_text())
-    image.save(path, pnginfo=info)
+    moves: dict[str, Any] = {}
+    if len(frames) > 1:  # PNG holds a clip without loss and with the same text in it, and browsers play it
+        moves = {"save_all": True, "append_images": frames[1:], "duration": _FRAME, "loop": 0}
+    frames[0].save(path, pnginfo=info, **moves)
 
 
 def read_png(path: Path) -> Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -44,8 +44,8 @@ def generate(
 ) -> str:
     """Draw what is asked for into the folder `out`; returns the text to show.
 
-    Writes NNNN-seedS.png for each picture, with `compare` NNNN-seedS-plain.png and NNNN-seedS-compare.png too, and
-    report.json. Numbers go on from those in the folder: nothing is overwritten.
+    Writes NNNN-seedS.png for each picture, an animated one for each clip, with `compare` NNNN-seedS-plain.png and
+    NNNN-seedS-compare.png too, and report.json. Numbers go on from those in the folder: nothing is overwritten.
 
     Raises:
         ValueError: something that is asked for cannot be had; memory does not suffice.
@@ -54,7 +54,12 @@ def generate(
         raise ValueError(f"batch is {batch}; it must be at least 1")
     with _memory_said():
         model = open_model(
-            request.model, device=device, dtype=request.dtype, config=request.model_config, allow_pickle=allow_pickle
+            request.model,
+            device=device,
+            dtype=request.dtype,
+            config=request.model_config,
+            allow_pickle=allow_pickle,
+            motion=request.motion,
         )
         request, settings = with_defaults(request, model)
         prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
@@ -93,11 +98,18 @@ def with_defaults(request: Request, model: Model) -> tuple[Request, Settings]:
     usual = model.usual
     if request.scheduler is not None and not isinstance(model, PipelineModel):
         raise ValueError(f"--scheduler needs a pipeline; {model.name} is sampled by k-diffusion alone")
+    frames = usual.frames if request.frames is None else request.frames
+    if frames is not None:
+        if usual.most_frames is None:
+            raise ValueError(f"frames is {frames}; {model.name} draws single pictures (--motion makes them move)")
+        if not 1 <= frames <= usual.most_frames:
+            raise ValueError(f"frames is {frames}; it must be from 1 to {usual.most_frames} for {model.name}")
     settings = Settings(
         size=usual.size if request.size is None else request.size,
         steps=usual.steps if request.steps is None else request.steps,
         sampler=usual.sampler if request.sampler is None else request.sampler,
         cond_scale=usual.cond_scale if request.cond_scale is None else request.cond_scale,
+        frames=frames,
     )
     model.latent_shape(settings.size)  # which says what is wrong with a size
     return replace(request, **asdict(settings)), settings
@@ -124,9 +136,9 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     return rearrange(torch.from_numpy(np.asarray(image).copy()), "h w c -> 1 c h w").float() / 127.5 - 1
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture (3 h w) in [-1, 1] as an image."""
-    return Image.fromarray(to_bytes(picture).numpy())
+def to_images(picture: Tensor) -> list[Image.Image]:
+    """A picture (3 h w) in [-1, 1] as an image, a clip (frames 3 h w) as one for each frame."""
+    return [Image.fromarray(to_bytes(frame).numpy()) for frame in (picture if picture.ndim == 4 else [picture])]
 
 
 def _sample(
@@ -162,7 +174,7 @@ def _write(
         picture = sampled.pictures[place]
         if not torch.isfinite(picture).all():
             raise ValueError("the picture holds numbers that are not finite; --dtype fp32 or bf16 may help")
-        write_png(to_image(picture), out / name, replace(asked, merging=None if way is None else way.to_dict()))
+        write_png(to_images(picture), out / name, replace(asked, merging=None if way is None else way.to_dict()))
         row |= {"seconds_plain" if way is None else "seconds": sampled.seconds}
         row |= {"plain" if way is None else "merged": name}
         if sampled.stats is not None:
@@ -176,13 +188,14 @@ def _write(
             f"merged {row['merged_fraction']:.0%}, {merged_run.seconds:.1f} s",
             f"difference x 4, {row['psnr']:.1f} dB",
         )
-        panels = [to_image(a), to_image(b), to_image((b - a).abs() * 4 - 1)]
+        frames = zip(to_images(a), to_images(b), to_images((b - a).abs() * 4 - 1), strict=True)
         row["compare"] = f"{stem}-compare.png"
-        write_png(side_by_side(panels, titles, asked.prompts[0]), out / row["compare"], asked)
+        sheets = [side_by_side(panels, titles, asked.prompts[0]) for panels in frames]
+        write_png(sheets, out / row["compare"], asked)
     return row
 
 
-def side_by_side(panels: list[Image.Image], titles: tuple[str, ...], above: str) -> Image.Image:
+def side_by_side(panels: Sequence[Image.Image], titles: tuple[str, ...], above: str) -> Image.Image:
     """Pictures in a row, a title under each and a line above all."""
     scale = max(-(-_SMALLEST // max(panels[0].size)), 1)
     panels = [p.resize((p.width * scale, p.height * scale), Image.Resampling.NEAREST) for p in panels]
@@ -218,5 +231,5 @@ def _memory_said() -> Iterator[None]:
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
             raise
         raise ValueError(
-            "there is too little memory for this: take a smaller --size or --batch, or --dtype bf16"
+            "there is too little memory for this: take a smaller --size, --batch or --frames, or --dtype bf16"
         ) from error

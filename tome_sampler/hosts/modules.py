@@ -125,6 +125,8 @@ class _Attachment:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
             x = _tokens(args, kwargs)
+            if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
+                return None
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)) or _needs_all(kwargs):
                 if is_compiling():
                     self._compiled.skip()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tome_sampler.session import MergeSession, ModelCall
@@ -87,8 +86,6 @@ class PipelineCalls:
         chunks = out.chunk(len(self._layout))
         cond = chunks[self._layout.index("cond")]
         uncond = chunks[len(self._layout) - 1 - self._layout[::-1].index("uncond")]
-        if out.ndim == 5:  # a map for each frame
-            cond, uncond = (rearrange(part, "b c f h w -> (b f) c h w") for part in (cond, uncond))
         self._session.observe(cond, uncond)
 
     def _start(self, pipe: Any, t: float) -> None:

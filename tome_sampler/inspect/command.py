@@ -4,7 +4,7 @@ The run is sampled plain, with pairs made anew in each model call and not used, 
   similarity.png  how alike each token and its most similar destination are, per layer and call (CA-ToMe, figure 2)
   jaccard.png     how far the pairs of adjacent calls differ, per layer (CA-ToMe, figure 4)
   tokens.png      the share of the tokens that was merged, per layer and call
-  maps.png        importance and merged groups over the picture
+  maps.png        importance and merged groups over the picture, of a clip its first frame
   inspect.json    all figures
 and with --tune also tune.png and profile.json, which `generate --profile` takes.
 
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype or "fp32",
         config=args.model_config,
         allow_pickle=args.allow_pickle,
+        motion=args.motion,
     )
     asked = Request(
         (args.prompt,),
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         sampler=args.sampler,
         cond_scale=args.cond_scale,
+        frames=args.frames,
         scheduler=args.scheduler,
     )
     _, settings = with_defaults(asked, model)

@@ -107,7 +107,8 @@ def inspect(
     plots.similarities(calls, config.threshold, out / "similarity.png")
     plots.distances(calls, out / "jaccard.png")
     plots.tokens(stats, out / "tokens.png")
-    plots.maps(merged.pictures[0], maps, out / "maps.png")
+    drawn = merged.pictures[0]
+    plots.maps(drawn if settings.frames is None else drawn[0], maps, out / "maps.png")
     lines = [_outcome_line("these settings", merged, picture)]
     if found is not None and tuned is not None:
         data["tuned"] = found.to_dict() | _outcome(tuned, picture)

@@ -15,16 +15,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Usual:
-    """How a model is sampled where the user does not say. size: (height, width) in pixels."""
+    """How a model is sampled where the user does not say. size: (height, width) in pixels. frames: of a clip, of at
+    most most_frames; None: it draws single pictures."""
 
     size: tuple[int, int]
     steps: int = 20
     sampler: str = "dpmpp_2m"
     cond_scale: float = 7.5
+    frames: int | None = None
+    most_frames: int | None = None
 
 
 class Model(ABC):
-    """A model that draws pictures of prompts.
+    """A model that draws pictures of prompts, or clips: then latents are (b c frames h w) where (b c h w) is said
+    below, and what it draws is (b frames 3 height width).
 
     Attributes:
         name: for people. module: the U-Net, or the module tree that holds it: what merging works on. usual: how it is
@@ -49,7 +53,7 @@ class Model(ABC):
 
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c h w) of the latents of pictures of a size (height, width) in pixels.
+        """(c h w) of the latents of a picture, or of a frame, of a size (height, width) in pixels.
 
         Raises:
             ValueError: the model has no pictures of this size.
@@ -76,13 +80,14 @@ def open_model(
     dtype: str = "fp32",
     config: str | None = None,
     allow_pickle: bool = False,
+    motion: str | None = None,
 ) -> Model:
-    """The embedded model, which `None` and "embedded" name, or a checkpoint of Stable Diffusion 1.x, 2.x, SDXL or
-    PixArt: a safetensors file, a diffusers folder, or its name on the hub.
+    """The embedded model, which `None` and "embedded" name, or a checkpoint of Stable Diffusion 1.x, 2.x, SDXL, PixArt
+    or AnimateDiff: a safetensors file, a diffusers folder, or its name on the hub.
 
     Args:
         dtype: "fp32", "fp16" or "bf16", of a checkpoint's weights.
-        config, allow_pickle: see :func:`tome_sampler.models.checkpoints.load_pipeline`.
+        config, allow_pickle, motion: see :func:`tome_sampler.models.checkpoints.load_pipeline`.
 
     Raises:
         ValueError: there is no such model, it cannot be read, or it is of another kind.
@@ -94,6 +99,8 @@ def open_model(
     if source in (None, "embedded"):
         if dtype != "fp32":
             raise ValueError(f"dtype is {dtype!r}; the embedded model runs in 'fp32'")
+        if motion is not None:
+            raise ValueError(f"motion is {motion!r}; the embedded model draws single pictures")
         from tome_sampler.models.embedded import EmbeddedModel
 
         return EmbeddedModel(device)
@@ -103,5 +110,7 @@ def open_model(
     from tome_sampler.models.pipeline import PipelineModel
 
     assert source is not None
-    pipe = load_pipeline(source, dtype=DTYPES[dtype], device=device, config=config, allow_pickle=allow_pickle)
+    pipe = load_pipeline(
+        source, dtype=DTYPES[dtype], device=device, config=config, allow_pickle=allow_pickle, motion=motion
+    )
     return PipelineModel(pipe, source)

@@ -18,6 +18,13 @@ _PICKLED = (
     "is pickled: reading such a file can run code that somebody put into it. Get the model as safetensors, or, if you "
     "trust its maker, give --allow-pickle"
 )
+# Guo et al. (2023) trained on a linear schedule, where Stable Diffusion has a scaled linear one
+_MOTION_SCHEDULE = {
+    "beta_schedule": "linear",
+    "timestep_spacing": "linspace",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PIPELINES = {  # what a key of a single file begins with, and the pipeline that such a file is
     "conditioner.embedders.": "StableDiffusionXLPipeline",
@@ -36,7 +43,13 @@ _OTHERS = {
 
 
 def load_pipeline(
-    source: str, *, dtype: torch.dtype, device: str, config: str | None = None, allow_pickle: bool = False
+    source: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    config: str | None = None,
+    allow_pickle: bool = False,
+    motion: str | None = None,
 ) -> Any:
     """The diffusers pipeline that a path or a name on the hub stands for, on its device.
 
@@ -44,6 +57,8 @@ def load_pipeline(
         config: of a single file: a diffusers folder, or name on the hub, with the configuration and the tokenizer of
             its kind, which such files lack. By default diffusers asks the hub for one.
         allow_pickle: read pickled weights too.
+        motion: AnimateDiff's motion modules for a Stable Diffusion 1.x model: the folder, or name on the hub, of a
+            diffusers `MotionAdapter`.
 
     Raises:
         ValueError: there is nothing, it is of another kind, it is pickled, or memory does not suffice.
@@ -79,9 +94,37 @@ def load_pipeline(
         raise ValueError(_first_line(error)) from error
     except Exception as error:  # diffusers and the hub raise all sorts of them, with pages of advice
         raise ValueError(f"{where} cannot be read: {_first_line(error)}") from error
+    if motion is not None:
+        pipe = _moving(pipe, motion, dtype, allow_pickle)
     pipe.set_progress_bar_config(disable=True)
     _check_device(pipe, device)
     return pipe.to(device)
+
+
+def _moving(pipe: Any, motion: str, dtype: torch.dtype, allow_pickle: bool) -> Any:
+    """A pipeline with AnimateDiff's motion modules put in, and the noise levels that these were trained on."""
+    from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+
+    if type(pipe).__name__ != "StableDiffusionPipeline":
+        raise ValueError(f"--motion is for Stable Diffusion 1.x models, and this is a {type(pipe).__name__}")
+    folder = Path(motion).expanduser()
+    where: Any = motion
+    if folder.is_dir():
+        where = folder
+        _check_weights(folder, allow_pickle)
+    elif folder.exists() or not _HUB_NAME.fullmatch(motion):
+        raise ValueError(f"there is no {motion}; motion modules are the folder or the hub name of a MotionAdapter")
+    try:
+        adapter = MotionAdapter.from_pretrained(
+            where, torch_dtype=dtype, use_safetensors=None if allow_pickle else True, local_files_only=folder.is_dir()
+        )
+        parts = {**pipe.components, "motion_adapter": adapter}
+        for unused in ("safety_checker", "image_encoder"):
+            parts.pop(unused, None)
+        parts["scheduler"] = DDIMScheduler.from_config(pipe.scheduler.config, **_MOTION_SCHEDULE)
+        return AnimateDiffPipeline(**parts)
+    except Exception as error:  # as above; modules of another width are told of by torch
+        raise ValueError(f"motion modules {motion} cannot be used: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -133,6 +176,10 @@ def _check_folder(path: Path, allow_pickle: bool) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{path} has no model_index.json: it is not the folder of a diffusers pipeline")
+    _check_weights(path, allow_pickle)
+
+
+def _check_weights(path: Path, allow_pickle: bool) -> None:
     files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *PICKLED)]
     safe = {file.parent for file in files if file.suffix == ".safetensors"}
     pickled = [file for file in files if file.suffix in PICKLED and file.parent not in safe]

@@ -53,6 +53,8 @@ def sample_in_pipeline(
         options = {"image": (image + 1) / 2, "strength": strength}
     else:
         options = {"height": settings.size[0], "width": settings.size[1]}
+    if settings.frames is not None:
+        options |= {"num_frames": settings.frames}
     if "PixArt" in type(pipe).__name__:
         options |= {"use_resolution_binning": False, "clean_caption": False}  # the size and the prompt as they are
     if isinstance(merging, MergeConfig):
@@ -72,7 +74,7 @@ def sample_in_pipeline(
         model.module.register_forward_hook(called),
     ):
         started = time.perf_counter()
-        latents = pipe(
+        drawn = pipe(
             prompt=list(prompts),
             negative_prompt=[negative] * len(prompts),
             num_inference_steps=settings.steps,
@@ -80,8 +82,8 @@ def sample_in_pipeline(
             generator=generators,
             output_type="latent",
             **options,
-        ).images
-        pictures = model.pictures(latents)
+        )
+        pictures = model.pictures(drawn.images if settings.frames is None else drawn.frames)
         seconds = time.perf_counter() - started
         return Sampled(pictures, seconds, seconds, None if session is None else session.stats.to_dict())
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tome_sampler import kdiffusion
@@ -14,11 +16,13 @@ from tome_sampler.hosts.pipelines import prediction
 from tome_sampler.models import Model, Usual
 
 _NEVER_CLEAN = 1e-8
+_FRAMES = 16  # of the clips that AnimateDiff's motion modules were trained on (Guo et al. 2023)
+_LATENT_SIDE = 64  # Stable Diffusion 1.x's, which a U-Net with motion modules does not write down
 _COND_SCALE = {"StableDiffusionXLPipeline": 5.0, "PixArtAlphaPipeline": 4.5, "PixArtSigmaPipeline": 4.5}
 
 
 class PipelineModel(Model):
-    """A pipeline of Stable Diffusion 1.x, 2.x, SDXL or PixArt.
+    """A pipeline of Stable Diffusion 1.x, 2.x, SDXL, PixArt or AnimateDiff.
 
     Attributes:
         pipe: the pipeline. A k-diffusion sampler uses its text encoders, VAE and noise levels, and not its loop.
@@ -36,17 +40,19 @@ class PipelineModel(Model):
             raise ValueError(f"{name} is a {kind}, which has neither a 'unet' nor a 'transformer'")
         require_known(pipe, denoiser)
         config: Any = denoiser.config
-        if type(denoiser).__name__ == "UNetMotionModel":
-            raise ValueError(
-                f"{name} is a {kind}: videos are sampled by the pipeline itself, within tome_sampler.merging"
-            )
+        moves = type(denoiser).__name__ == "UNetMotionModel"
+        if moves and kind != "AnimateDiffPipeline":
+            raise ValueError(f"{name} is a {kind}; of those that draw clips an AnimateDiffPipeline is known here")
         if config.in_channels != pipe.vae.config.latent_channels:
             raise ValueError(f"{name} is for inpainting or editing: it takes more channels than a latent has")
         self.name, self.pipe, self.module = name, pipe, denoiser
         self._is_pixart = type(denoiser).__name__ == "PixArtTransformer2DModel"
         self._scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        side = int(config.sample_size) * self._scale
+        side = int(config.sample_size or _LATENT_SIDE) * self._scale
         self.usual = Usual((side, side), cond_scale=_COND_SCALE.get(kind, 7.5))
+        if moves:
+            most = int(config.motion_max_seq_length)
+            self.usual = replace(self.usual, frames=min(_FRAMES, most), most_frames=most)
 
     def denoiser(self) -> Any:
         config = self.pipe.scheduler.config
@@ -94,6 +100,9 @@ class PipelineModel(Model):
         return int(config.in_channels), size[0] // self._scale, size[1] // self._scale
 
     def pictures(self, latents: Tensor) -> Tensor:
+        if latents.ndim == 5:
+            frames = self.pictures(rearrange(latents, "b c f h w -> (b f) c h w"))
+            return rearrange(frames, "(b f) c h w -> b f c h w", b=latents.shape[0])
         vae, scale, shift = self._vae()
         with torch.no_grad():  # one at a time: decoding takes more memory than sampling
             parts = [vae.decode((part / scale + shift).to(vae.dtype)).sample for part in latents.split(1)]
@@ -135,6 +144,8 @@ class _Call(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         named = {**self._more, **cond}
+        if x.ndim == 5:  # pipelines of diffusers repeat the prompt for each frame, too
+            named["encoder_hidden_states"] = named["encoder_hidden_states"].repeat_interleave(x.shape[2], 0)
         dtype = next(self.denoiser.parameters()).dtype
         out = prediction(self.denoiser(x.to(dtype), timestep=t, return_dict=False, **named))
         if out is None:

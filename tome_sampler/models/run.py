@@ -24,7 +24,8 @@ Applied = Callable[[list[float]], AbstractContextManager[MergeSession | None]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample: what is not the prompt, the seed or the merging. size: (height, width) in pixels.
+    """How to sample: what is not the prompt, the seed or the merging. size: (height, width) in pixels. frames: of a
+    clip; None: single pictures.
 
     Raises:
         ValueError: there are fewer than 2 steps, or k-diffusion has no such sampler.
@@ -34,6 +35,7 @@ class Settings:
     steps: int = 20
     sampler: str = "dpmpp_2m"
     cond_scale: float = 3.0
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 2:
@@ -45,8 +47,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a run gave. pictures: (b 3 height width) in [-1, 1]. seconds: wall time of sampling. model_seconds: of it,
-    inside the model, as `clock` counts. stats: of a session, ``Stats.to_dict``; else None."""
+    """What a run gave. pictures: (b 3 height width) in [-1, 1], clips (b frames 3 height width). seconds: wall time of
+    sampling. model_seconds: of it, inside the model, as `clock` counts. stats: of a session, ``Stats.to_dict``; else
+    None."""
 
     pictures: Tensor
     seconds: float
@@ -54,9 +57,9 @@ class Sampled:
     stats: dict[str, Any] | None
 
 
-def noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """A run's start (b c h w), of variance 1: drawn on the CPU and a picture at a time, so that a seed gives the same
-    picture on every device, alone and in a batch."""
+def noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """A run's start (b c h w) or (b c frames h w), of variance 1: drawn on the CPU and a picture at a time, so that a
+    seed gives the same picture on every device, alone and in a batch."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -101,9 +104,12 @@ def sample(
     sigmas = wrapped.get_sigmas(settings.steps)
     if image is not None:
         sigmas = sigmas[-1 - steps_left(settings.steps, strength) :]
-    start = noise(seeds, model.latent_shape(settings.size)).to(sigmas.device) * sigmas[0]
+    channels, *grid = model.latent_shape(settings.size)
+    frames = () if settings.frames is None else (settings.frames,)
+    start = noise(seeds, (channels, *frames, *grid)).to(sigmas.device) * sigmas[0]
     if image is not None:
-        start = start + model.latents(image).to(start)
+        picture = model.latents(image).to(start)
+        start = start + (picture[:, :, None] if frames else picture)
     levels = [float(sigma) for sigma in sigmas]
     extra_args = {
         "cond": model.condition(prompts, settings.size),
