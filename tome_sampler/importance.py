@@ -19,7 +19,8 @@ def cfg_magnitude(cond: Tensor, uncond: Tensor) -> Tensor:
     """
     if cond.shape != uncond.shape or cond.ndim not in (4, 5):
         raise ValueError(
-            f"cond is {tuple(cond.shape)} and uncond {tuple(uncond.shape)}; both must be the same (images c h w)"
+            f"cond is {tuple(cond.shape)} and uncond {tuple(uncond.shape)}; both must be the same, (images c h w) "
+            "or (b c frames h w)"
         )
     magnitude = (cond.float() - uncond.float()).abs().mean(1)
     return magnitude.flatten(0, -3)

@@ -101,7 +101,7 @@ def with_defaults(request: Request, model: Model) -> tuple[Request, Settings]:
     frames = usual.frames if request.frames is None else request.frames
     if frames is not None:
         if usual.most_frames is None:
-            raise ValueError(f"frames is {frames}; {model.name} draws single pictures (--motion makes them move)")
+            raise ValueError(f"frames is {frames}; {model.name} draws single pictures")
         if not 1 <= frames <= usual.most_frames:
             raise ValueError(f"frames is {frames}; it must be from 1 to {usual.most_frames} for {model.name}")
     settings = Settings(

@@ -108,15 +108,16 @@ def _moving(pipe: Any, motion: str, dtype: torch.dtype, allow_pickle: bool) -> A
     if type(pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(f"--motion is for Stable Diffusion 1.x models, and this is a {type(pipe).__name__}")
     folder = Path(motion).expanduser()
-    where: Any = motion
     if folder.is_dir():
-        where = folder
         _check_weights(folder, allow_pickle)
     elif folder.exists() or not _HUB_NAME.fullmatch(motion):
         raise ValueError(f"there is no {motion}; motion modules are the folder or the hub name of a MotionAdapter")
     try:
         adapter = MotionAdapter.from_pretrained(
-            where, torch_dtype=dtype, use_safetensors=None if allow_pickle else True, local_files_only=folder.is_dir()
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            local_files_only=folder.is_dir(),
         )
         parts = {**pipe.components, "motion_adapter": adapter}
         for unused in ("safety_checker", "image_encoder"):
