@@ -27,9 +27,10 @@ from tome_sampler.eval import metrics, rows
 from tome_sampler.eval.features import features_of, load_features, right_answers, train
 from tome_sampler.eval.flops import flops_of
 from tome_sampler.eval.frechet import scene_distance
-from tome_sampler.eval.measure import part_of
+from tome_sampler.eval.measure import Plan, part_of
 from tome_sampler.eval.methods import read_methods
 from tome_sampler.eval.pictures import read_pictures
+from tome_sampler.eval.processes import Processes
 from tome_sampler.eval.prompts import NEXT_SEED, cases, held_out_captions, read_prompts, scene_of
 from tome_sampler.eval.report import curves, differences, matched_table, matches, table
 from tome_sampler.eval.summary import Estimate, estimate, match, points
@@ -248,6 +249,34 @@ def test_two_processes_give_the_numbers_of_one(written: Path, prompt_file: Path,
     assert "Drawn by 2 processes." in run.stdout
     assert list(tmp_path.iterdir()) == [file], "the processes' files became one"
     assert run.stdout.count("| tomesd:ratio=0.5 |") == 3, "one process reports: a line in each table"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_second_seed_that_is_added_is_shared_out(
+    number: int, prompt_file: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures lie prompt by prompt, so every other one of them all would be the second seeds: one process's alone."""
+    file, drawn = tmp_path / "rows.jsonl", []
+    first = [line for line in (written / "rows.jsonl").read_text().splitlines() if json.loads(line)["seed"] < NEXT_SEED]
+    file.write_text("\n".join(first) + "\n")
+    found = rows.read_rows(file)
+
+    class OneOfTwo(Processes):
+        def __init__(self, device: str | None) -> None:
+            super().__init__(device)
+            self.number, self.count = number, 2
+
+        def gather(self, items: list[Any]) -> list[Any]:
+            return [*items, *([] if self.first else found)]
+
+    def draw(plan: Plan, groups: list[list[Any]], *args: Any) -> list[Any]:
+        drawn.extend(case for group in groups for case in group)
+        return []
+
+    monkeypatch.setattr("tome_sampler.eval.evaluate.Processes", OneOfTwo)
+    monkeypatch.setattr("tome_sampler.eval.measure._drawn", draw)
+    assert main(arguments(prompt_file, file, "--seeds", "2")) == 0
+    assert [(case.prompt, case.seed) for case in drawn] == [([CAPTION, OTHER][number], NEXT_SEED + number)]
 
 
 # -- bad input, and disks that are full

@@ -86,7 +86,8 @@ def measure(plan: Plan, file: Path, processes: Processes, *, progress: bool = Tr
     if own.exists():  # without a torn line
         write_rows(own, list(known.values()))
     rows = {key_of(row): row for row in processes.gather(list(known.values()))}
-    mine = [group for group in processes.share(plan.groups) if _missing(plan, group, rows)]
+    # of what is missing, not of all: a second seed that is added later would be one process's alone
+    mine = processes.share([group for group in plan.groups if _missing(plan, group, rows)])
     if mine:
         for row in _drawn(plan, mine, rows, own, progress and processes.first):
             rows[key_of(row)] = row
