@@ -137,3 +137,17 @@ def test_attention_that_cannot_count_its_keys_is_left_alone_and_this_is_said(con
         assert torch.equal(call(torch.compile(unet, backend="eager"), 500), plain)
     assert [note for note in session.stats.notes if "cannot count its keys" in note]
     assert session.stats.to_dict()["merged_fraction"] == 0
+
+
+def test_an_eager_call_after_compiled_ones_is_told_of_by_itself() -> None:
+    unet = tiny_unet()
+    with merging(unet, FIXED, branches=("uncond", "cond")) as session:
+        compiled = torch.compile(unet, backend="eager", fullgraph=True)
+        call(compiled, 800)
+        call(unet, 600)
+        call(unet, 400)
+        assert [s.layers != {} for s in session.stats.calls] == [True] * 3
+    sigmas = [s.sigma for s in session.stats.calls]
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert len(set(sigmas)) == 3
+    assert not session.stats.notes

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tome_sampler import PRESETS, MergeConfig
 from tome_sampler.refresh import Always, Checkpoints, Drift, EverySteps, Once, Refresh, SigmaRatio, refresh_from_dict
+from tome_sampler.spelling import read_config, read_refresh, refresh_text
 
 POLICIES = st.one_of(
     st.just(Always()),
@@ -208,3 +209,14 @@ def test_a_bad_policy_is_refused_in_one_line(data: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"refresh|of (SigmaRatio|EverySteps|Checkpoints|Drift)") as error:
         MergeConfig.from_dict({"refresh": data})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["name", "cls", "self"])
+def test_a_field_that_is_named_as_an_argument_is_unknown(name: str) -> None:
+    with pytest.raises(ValueError, match=f"MergeConfig has no field '{name}'"):
+        read_config(f"fast:{name}=3")
+
+
+@pytest.mark.parametrize("refresh", [Checkpoints((1 / 3, 0.1)), SigmaRatio(1 + 1e-11), SigmaRatio(4.0), Drift(1e-12)])
+def test_words_give_the_policy_back_exactly(refresh: Refresh) -> None:
+    assert read_refresh(refresh_text(refresh)) == refresh

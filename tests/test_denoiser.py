@@ -144,6 +144,28 @@ def test_weighted_conds_add_their_guidance(wrapped: Any) -> None:
     torch.testing.assert_close(out, u + 3.0 * (0.7 * (c - u) + 0.5 * (o - u)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_the_weight_of_a_single_cond_counts_at_every_scale(wrapped: Any, weight: float) -> None:
+    x, sigma, args = latent(), torch.full((1,), 3.0), conds()
+    c, u = (wrapped(x, sigma, cond=args[name]) for name in ("cond", "uncond"))
+    for scale in (1.0, 3.0):
+        out = CFGDenoiser(wrapped)(x, sigma, args["uncond"], [(args["cond"], weight)], scale)
+        torch.testing.assert_close(out, u + scale * weight * (c - u), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_tensor_in_a_conditioning_is_handed_on(wrapped: Any) -> None:
+    args = conds()
+
+    def model(x: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
+        assert cond["control"] is None
+        return wrapped(x, sigma, cond=cond["text"])
+
+    given = {name: {"text": args[name], "control": None} for name in ("cond", "uncond")}
+    x, sigma = latent(), torch.full((1,), 3.0)
+    out = CFGDenoiser(model)(x, sigma, **given, cond_scale=4.0)
+    torch.testing.assert_close(out, CFGDenoiser(wrapped)(x, sigma, **args))
+
+
 def test_conds_of_different_lengths_are_sampled_one_after_the_other(wrapped: Any) -> None:
     sigmas, args = wrapped.get_sigmas(STEPS), conds()
     args["cond"] = torch.cat([args["cond"]] * 2, 1)

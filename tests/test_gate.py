@@ -125,3 +125,16 @@ def test_the_command_keeps_what_it_finds(
     assert str(calibration) in capsys.readouterr().out
     assert main(["bench", "--calibrate", "--dtype", "int8"]) == 2
     assert "dtype is 'int8'; it must be one of fp32, bf16, fp16" in capsys.readouterr().err
+
+
+def test_a_ratio_that_merges_next_to_nothing_never_pays() -> None:
+    assert least(ratio=1e-17) > 10**6
+
+
+def test_a_machine_without_a_home_has_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it gives where there is none
+    gate.forget()
+    assert least() > 0
+    gate.forget()

@@ -8,6 +8,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -480,3 +481,94 @@ def test_a_context_that_is_the_input_itself_is_merged_with_it(ldm_unet: nn.Modul
     x = torch.randn(2, 64, block.attn1.to_q.in_features, generator=torch.Generator().manual_seed(0))
     with merging(block, MergeConfig(threshold=None, min_tokens=0)):
         assert torch.equal(block.attn1(x, context=x), block.attn1(x))
+
+
+class Attentive(nn.Module):
+    """A block whose second attention has no context either, as of diffusers' `double_self_attention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = CrossAttention(16), CrossAttention(16)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn1(x, mask=attention_mask)
+        return x + self.attn2(x)
+
+
+@pytest.mark.parametrize("modules", [("attn2",), ("attn1", "attn2"), ("block",)])
+def test_padding_is_not_seen_by_a_second_self_attention(modules: tuple[str, ...]) -> None:
+    block = Attentive().eval()
+    rough = torch.tensor([0.02, 3.0])[:, None, None]
+    x = torch.randn(2, 1, 16) + rough * torch.randn(2, 64, 16)
+    config = MergeConfig(modules=modules, min_tokens=0, floor=0.0, ratio=0.7, threshold=0.9)
+    with torch.no_grad(), merging(block, config) as session:
+        both = block(x)
+        assert any((p.size == 0).any() for p in session.pairings().values())
+    with torch.no_grad(), merging(block, config):
+        torch.testing.assert_close(block(x[1:]), both[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_with_a_mask_for_all_tokens_passes_through() -> None:
+    block, x = Attentive().eval(), torch.randn(1, 64, 16)
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    with torch.no_grad():
+        plain = block(x, attention_mask=mask)
+        with merging(block, CONFIG.with_(modules=("block",))) as session:
+            assert torch.equal(block(x, attention_mask=mask), plain)
+    assert not session.stats.to_dict()["layers"]
+
+
+def test_attention_that_returns_more_than_tokens_is_unmerged() -> None:
+    class Weighted(CrossAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs), "weights"
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1 = Weighted(16)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.attn1(x)
+
+    with torch.no_grad(), merging(Block().eval(), CONFIG.with_(threshold=None, early_ratio=None)) as session:
+        out, more = next(iter(hosts._attached))(torch.randn(1, 64, 16))
+    assert out.shape == (1, 64, 16)
+    assert more == "weights"
+    assert session.stats.to_dict()["merged_fraction"] == 0.5
+
+
+def test_all_that_waited_for_a_session_goes_on_after_it() -> None:
+    blocks = nn.ModuleList([BasicTransformerBlock(16, 8), BasicTransformerBlock(16, 8)]).eval()
+    with merging(blocks[0], CONFIG) as first, merging(blocks[1], CONFIG) as second:
+        with merging(blocks, CONFIG):
+            assert first.suspended
+            assert second.suspended
+        assert not first.suspended
+        assert not second.suspended
+
+
+def test_sessions_may_be_taken_off_in_any_order(ldm_unet: LdmUNet) -> None:
+    with ExitStack() as outer, ExitStack() as middle, ExitStack() as inner:
+        sessions = [stack.enter_context(merging(ldm_unet, CONFIG)) for stack in (outer, middle, inner)]
+        middle.close()
+        assert [s.suspended for s in sessions] == [True, True, False]
+        inner.close()
+        assert not sessions[0].suspended
+
+
+def test_a_time_is_known_by_its_name_or_by_its_shape() -> None:
+    x, text, t = torch.zeros(2, 4, 8, 8), torch.zeros(2, 5, 16), torch.tensor([300, 300])
+    for args, kwargs in (((x, t), {}), ((x, text), {"timestep": t}), ((x,), {"timestep": 300}), ((x, 300, text), {})):
+        assert hosts._latent_and_time(args, kwargs)[1] is not text
+        assert int(torch.as_tensor(hosts._latent_and_time(args, kwargs)[1]).max()) == 300
+    assert hosts._latent_and_time((x, text), {})[1] is None
+
+
+def test_a_model_that_is_called_directly_is_at_the_noise_level_of_its_timestep(unet: nn.Module) -> None:
+    kept = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    with merging(unet, CONFIG) as session:
+        for t in (999, 500, 0):
+            call_unet(unet, t)
+    sigmas = [call.sigma for call in session.stats.calls]
+    assert sigmas == pytest.approx([float(((1 - kept[t]) / kept[t]) ** 0.5) for t in (999, 500, 0)], rel=1e-6)

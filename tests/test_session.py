@@ -59,9 +59,9 @@ def differ(a: Pairing | None, b: Pairing | None) -> bool:
 
 def test_ranks_are_0_to_1_and_say_nothing_where_the_map_is_constant() -> None:
     ranks = importance_rank(torch.tensor([[0.3, 0.1, 0.2], [5.0, 5.0, 5.0]]))
-    assert ranks.tolist() == [[1.0, 0.0, 0.5], [0.5, 0.5, 0.5]]
-    assert importance_rank(torch.zeros(1, 4)).tolist() == [[0.5] * 4]
-    assert importance_rank(torch.rand(1, 1)).tolist() == [[0.5]]
+    assert ranks.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    assert importance_rank(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
+    assert importance_rank(torch.rand(1, 1)).tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -69,7 +69,7 @@ def test_values_that_are_not_finite_count_as_the_mean_of_the_others(bad: float) 
     importance = torch.tensor([[[1.0, bad], [3.0, 2.0]]])
     assert importance_on_grid(importance, (2, 2)).tolist() == [[1.0, 2.0, 3.0, 2.0]]
     everything = importance_rank(importance_on_grid(torch.full((1, 4, 4), bad), (2, 2)))
-    assert everything.tolist() == [[0.5] * 4]
+    assert everything.tolist() == [[0.0] * 4]
 
 
 def test_importance_is_the_channel_mean_and_needs_two_alike_outputs() -> None:
@@ -84,29 +84,30 @@ def test_importance_is_the_channel_mean_and_needs_two_alike_outputs() -> None:
 def test_a_map_without_a_single_number_still_merges(name: str) -> None:
     session = MergeSession(preset(name, prune_until=0.0))
     for value in (float("nan"), 0.0):
+        one(session, tokens(), 9.0)
         observe(session, torch.full((1, 8, 8), value))
         pairing = one(session, tokens())
+        assert session.importance is not None
         assert pairing is not None
         assert torch.isfinite(pairing.merge(tokens())).all()
         session.reset()
     session.stats.to_dict()
 
 
-def test_a_constant_map_changes_nothing() -> None:
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_a_constant_map_changes_nothing(threshold: float | None) -> None:
+    """Nor does it make all tokens harder to merge, as one rank for all of them above 0 would."""
     x = tokens()
-    informed, plain = MergeSession(preset("default")), MergeSession(preset("default"))
-    one(informed, x, 2.0)
+    config = preset("default", threshold=threshold, floor=0.0, importance=0.5, refresh=Always())
+    informed, plain = MergeSession(config), MergeSession(config)
+    for session in (informed, plain):
+        one(session, x, 2.0)
     observe(informed, torch.full((1, 8, 8), 3.0))
-    first = one(informed, x)
-    with_weight = one(MergeSession(preset("default", threshold=0.9)), x)
-    assert first is not None
-    assert same(one(plain, x), with_weight)
-    assert first.target[0][first.head[0]].tolist() == first.head[0].tolist()
-    cells = one(MergeSession(preset("default", threshold=None)), x)
-    informed = MergeSession(preset("default", threshold=None))
-    one(informed, x, 2.0)
-    observe(informed, torch.full((1, 8, 8), 3.0))
-    assert same(one(informed, x), cells)
+    pairing = one(informed, x)
+    assert pairing is not None
+    assert same(pairing, one(plain, x))
+    observe(informed, torch.rand(1, 8, 8))
+    assert differ(one(informed, x, 0.5), pairing)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -225,6 +226,69 @@ def test_serial_branches_get_what_a_batch_gets(name: str) -> None:
         observe(serial, seen)
     made = [s.stats.to_dict()["pairings_made"] for s in (batched, serial)]
     assert made[0] == made[1] or name in ("tomesd", "importance")  # those match each branch by itself
+
+
+def in_parts(session: MergeSession, x: Tensor, sigma: float, *parts: tuple[str, list[int]]) -> list[Pairing | None]:
+    """An evaluation of the denoiser in calls of one branch each, of so many images, by the rows of x."""
+    found, row = [], 0
+    for i, (branch, images) in enumerate(parts):
+        rows = slice(row, row := row + len(images))
+        with session.call(ModelCall(sigma, SIZE, (branch,) * len(images), tuple(images), further=i > 0)):
+            found.append(session.merge(LAYER, x[rows], x[rows]))
+    return found
+
+
+def test_serial_branches_agree_where_drift_decides() -> None:
+    session, whole = (MergeSession(preset("default", refresh=Drift(0.1))) for _ in range(2))
+    x, other = tokens(), torch.randn(2, 64, 8)
+    for step, features in enumerate([x, x, other, other, other]):
+        cond, uncond = in_parts(session, features, 10.0 - step, ("cond", [0]), ("uncond", [0]))
+        assert same(cond, uncond), step
+        assert cond is not None
+        batched = one(whole, features.flip(0), 10.0 - step)
+        assert batched is not None
+        assert torch.equal(batched.target[1:], cond.target), step
+    assert session.stats.to_dict()["pairings_made"] == 2
+
+
+@pytest.mark.parametrize("refresh", [Always(), SigmaRatio(4.0)])
+def test_several_conds_one_after_the_other_get_what_a_batch_gets(refresh: Any) -> None:
+    shared, own = (MergeSession(preset("default", refresh=refresh, share_branches=s)) for s in (True, False))
+    for sigma in (8.0, 7.0, 2.0):
+        x = tokens(3)
+        parts = ("cond", [0]), ("cond", [0]), ("uncond", [0])
+        one_for_all = in_parts(shared, x, sigma, *parts)
+        assert same(one_for_all[0], one_for_all[1])
+        assert same(one_for_all[0], one_for_all[2])
+        each = in_parts(own, x, sigma, *parts)
+        if sigma == 8.0 or isinstance(refresh, Always):
+            assert all(
+                same(p, one(MergeSession(own.config), x[i : i + 1], sigma, ("cond",))) for i, p in enumerate(each)
+            )
+        assert differ(each[0], each[1])
+
+
+def test_images_that_a_host_calls_for_by_themselves_have_their_importance() -> None:
+    """As AUTOMATIC1111 does with several conds for each of several images."""
+    session, x, seen = MergeSession(preset("default", refresh=Always())), tokens(6), torch.rand(2, 8, 8)
+    parts = ("cond", [0, 0]), ("cond", [1, 1]), ("uncond", [0, 1])
+    in_parts(session, x, 8.0, *parts)
+    observe(session, seen)
+    found = in_parts(session, x, 7.0, *parts)
+    for image in range(2):
+        alone = MergeSession(session.config)
+        one(alone, x[:1], 8.0, ("cond",))
+        observe(alone, seen[image : image + 1])
+        pairing, expected = found[image], one(alone, x[2 * image : 2 * image + 1], 7.0, ("cond",))
+        assert pairing is not None
+        assert expected is not None
+        assert torch.equal(pairing.target[:1], expected.target)
+
+
+def test_an_empty_batch_passes_through() -> None:
+    session = MergeSession(preset("default"))
+    with session.call(ModelCall(1.0, SIZE, ("cond",), (0,))):
+        assert session.merge(LAYER, torch.zeros(0, 64, 8)) is None
 
 
 def test_serial_branches_share_one_matching_a_step_even_if_pairs_are_always_new() -> None:

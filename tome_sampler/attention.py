@@ -184,7 +184,9 @@ def _biased_attention(
         return sdpa(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
     d = query.shape[-1]
     scale = d**-0.5 if scale is None else scale
-    bias = bias.transpose(-1, -2).expand(*key.shape[:-1], 1) / scale
+    # half the range: padding must stay finite in fp16, also in a kernel that adds the other channels to it
+    most = torch.finfo(key.dtype).max / 2
+    bias = (bias.transpose(-1, -2).float() / scale).clamp(-most, most).to(key.dtype).expand(*key.shape[:-1], 1)
     width = -(d + 1) % 8
     query = F.pad(torch.cat([query, torch.ones_like(query[..., :1])], -1), (0, width))
     key = F.pad(torch.cat([key, bias], -1), (0, width))

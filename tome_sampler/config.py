@@ -177,7 +177,7 @@ class MergeConfig:
         return self.early is not None and sigma > self.early_sigma
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> MergeConfig:
+    def preset(cls, name: str, /, **overrides: Any) -> MergeConfig:
         """A named configuration, with some fields replaced.
 
         ``tomesd``, ``ca_tome`` and ``importance`` reproduce the published methods; ``quality``, ``balanced``,
@@ -190,7 +190,7 @@ class MergeConfig:
             raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
         return PRESETS[name].with_(**overrides)
 
-    def with_(self, **overrides: Any) -> MergeConfig:
+    def with_(self, /, **overrides: Any) -> MergeConfig:
         """A copy with some fields replaced, validated again."""
         _known(overrides)
         return replace(self, **overrides)

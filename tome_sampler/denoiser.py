@@ -49,7 +49,8 @@ class CFGDenoiser(nn.Module):
             uncond: conditioning, a tensor (b ...) or a dict, list or tuple of such; None: no guidance.
             cond: likewise, or a list of (conditioning, weight) pairs, whose guidances are added up (without an
                 uncond: their weighted mean).
-            cond_scale: guidance scale; at 1 a single cond is sampled alone. Without guidance there is no importance.
+            cond_scale: guidance scale; at 1 a single cond of weight 1 is sampled alone. Without guidance there is no
+                importance.
 
         Raises:
             ValueError: a conditioning is not of x's batch, or the weights add up to 0 without an uncond.
@@ -57,7 +58,7 @@ class CFGDenoiser(nn.Module):
         conds = cond if _is_weighted(cond) else [(cond, 1.0)]
         if uncond is None and sum(weight for _, weight in conds) == 0:
             raise ValueError("the weights of cond add up to 0; without an uncond their sum must be another number")
-        guided = uncond is not None and (cond_scale != 1 or len(conds) > 1)
+        guided = uncond is not None and (cond_scale != 1 or [weight for _, weight in conds] != [1])
         parts = [c for c, _ in conds] + ([uncond] if guided else [])
         for part in parts:
             _check_batch(part, x.shape[0])
@@ -81,15 +82,16 @@ class CFGDenoiser(nn.Module):
             out = self._call(torch.cat([x] * len(parts)), sigma.repeat(len(parts)), batch, [branches[i] for i in order])
             chunks = dict(zip(order, out.chunk(len(parts)), strict=True))
             return [chunks[i] for i in range(len(parts))]
-        return [self._call(x, sigma, part, [branch]) for part, branch in zip(parts, branches, strict=True)]
+        one_by_one = enumerate(zip(parts, branches, strict=True))
+        return [self._call(x, sigma, part, [branch], further=i > 0) for i, (part, branch) in one_by_one]
 
-    def _call(self, x: Tensor, sigma: Tensor, cond: Any, branches: Sequence[str]) -> Tensor:
+    def _call(self, x: Tensor, sigma: Tensor, cond: Any, branches: Sequence[str], further: bool = False) -> Tensor:
         if self.session is None:
             out: Tensor = self.inner_model(x, sigma, cond=cond)
             return out
         size = (x.shape[-2], x.shape[-1])
         images = x.shape[0] // len(branches) * (x.shape[2] if x.ndim == 5 else 1)
-        with self.session.call(ModelCall.chunked(float(sigma.max()), size, branches, images)):
+        with self.session.call(ModelCall.chunked(float(sigma.max()), size, branches, images, further)):
             out = self.inner_model(x, sigma, cond=cond)
         return out
 
@@ -128,4 +130,6 @@ def _concatenate(conds: Sequence[Any]) -> Any:
         return torch.cat(list(conds))
     if isinstance(first, dict):
         return {key: _concatenate([c[key] for c in conds]) for key in first}
-    return type(first)(_concatenate(list(parts)) for parts in zip(*conds, strict=True))
+    if isinstance(first, (list, tuple)):
+        return type(first)(_concatenate(list(parts)) for parts in zip(*conds, strict=True))
+    return first

@@ -27,7 +27,8 @@ _STANDARD = 1 - (1 - 0.5) ** 2  # of a layer's attention scores, what the ratio 
 
 def own_table() -> Path:
     """Where a calibration of this machine lies, whether or not there is one."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # not Path.home(), which raises where there is none
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "tome-sampler" / "gate.json"
 
 
@@ -50,7 +51,8 @@ def least_tokens(channels: int, dtype: torch.dtype, device: str, ratio: float, a
     """
     at_half = _at_half(channels, str(dtype).removeprefix("torch."), device, backend_of(device), always)
     # savings go with n * n * (1 - (1 - ratio)^2) and costs with n, so where they meet goes with the inverse
-    return math.ceil(at_half * max(_STANDARD / (1 - (1 - min(ratio, 1.0)) ** 2), 1.0))
+    saved = max(1 - (1 - min(ratio, 1.0)) ** 2, 1e-6)
+    return math.ceil(at_half * max(_STANDARD / saved, 1.0))
 
 
 @lru_cache(maxsize=256)

@@ -37,11 +37,11 @@ def importance_on_grid(importance: Tensor, grid: tuple[int, int]) -> Tensor:
 def importance_rank(pooled: Tensor) -> Tensor:
     """Ranks (images n) in 0 .. 1 of a layer's tokens, 1 for the most important one.
 
-    A constant map says nothing, so it ranks all tokens 0.5 and changes nothing.
+    A constant map says nothing, so it ranks all tokens 0: none is harder to merge for it.
     """
     n = pooled.shape[1]
     order = pooled.argsort(dim=1, stable=True)
     place = torch.arange(n, device=pooled.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place).float() / max(n - 1, 1)
     low, high = pooled.aminmax(dim=1, keepdim=True)
-    return rank.where(high - low > 1e-6 * high.abs(), 0.5)
+    return rank.where(high - low > 1e-6 * high.abs(), 0.0)

@@ -111,7 +111,7 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     # contiguous: over few channels the product of a transposed view takes twice as long on a CPU
     candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).transpose(1, 2).contiguous()
     sources = unit.gather(1, src[..., None].expand(-1, -1, c))
-    chunk = max(_SCORES_AT_ONCE // (b * k), 1)
+    chunk = max(_SCORES_AT_ONCE // max(b * k, 1), 1)
     best = [(part @ candidates).max(-1) for part in sources.split(chunk, 1)]
     value, nearest = torch.cat([v for v, _ in best], 1).float(), torch.cat([i for _, i in best], 1)
     score = value.new_full((b, n), -2.0).scatter_(1, src, value)

@@ -149,7 +149,8 @@ class Drift(Refresh):
     """New pairs when the cached ones have come apart: their mean similarity, measured on a sample at each reuse, has
     fallen by `tolerance` (0 .. 2) below what it was when they were made.
 
-    The measurement is read at the start of the next model call, so that no layer waits for the device.
+    The measurement is read at the start of the next model call, so that no layer waits for the device. It is the mean
+    of a batch, whose images get new pairs together: with this policy alone a picture depends on those beside it.
     """
 
     kind: ClassVar[str] = "drift"

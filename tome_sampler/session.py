@@ -43,13 +43,16 @@ class ModelCall:
 
     sigma: noise level, > 0, or None where unknown: then no pairs are reused. latent_size: (h, w) of the model's
     input, or None where unknown: then only square token grids are merged. branches: "cond" or "uncond" for each batch
-    row; without any, the call passes through. images: the number of its image, from 0, for each batch row.
+    row; without any, the call passes through. images: the number of its image, from 0, for each batch row. further:
+    whether the sampler's evaluation of its denoiser began with a call before this one, as where memory is saved by
+    calling the model for one cond after the other; all of them have the pairs of the first.
     """
 
     sigma: float | None
     latent_size: tuple[int, int] | None
     branches: tuple[str, ...]
     images: tuple[int, ...]
+    further: bool = False
 
     def __post_init__(self) -> None:
         if len(self.branches) != len(self.images):
@@ -60,11 +63,16 @@ class ModelCall:
 
     @classmethod
     def chunked(
-        cls, sigma: float | None, latent_size: tuple[int, int] | None, branches: Sequence[str], images: int
+        cls,
+        sigma: float | None,
+        latent_size: tuple[int, int] | None,
+        branches: Sequence[str],
+        images: int,
+        further: bool = False,
     ) -> ModelCall:
         """A batch of equal chunks, one for each of `branches`, of `images` rows each."""
         rows = tuple(branch for branch in branches for _ in range(images))
-        return cls(sigma, latent_size, rows, tuple(range(images)) * len(branches))
+        return cls(sigma, latent_size, rows, tuple(range(images)) * len(branches), further)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class _Cached:
     """Pairs of one block, and what deciding on their reuse needs."""
 
     moment: Moment | None
-    call: int
+    evaluation: int  # in which it was last decided on
     branches: frozenset[str]
     early: bool
     maker: str
@@ -126,7 +134,11 @@ class MergeSession:
         self._call: ModelCall | None = None
         self._moment: Moment | None = None
         self.early = self._as_early = False
-        self._calls = 0
+        self._evaluation = 0  # of the denoiser, by the sampler: one call, or one for each cond and branch
+        self._part = 0  # which of its calls this is
+        self._evaluated: tuple[float | None, set[str]] = None, set()  # at which sigma, and the branches that have run
+        self._told: set[int] = set()  # images, since importance was last observed
+        self._images = 0  # that importance is of
         self._noted: set[str] = set()
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._importance: Tensor | None = None
@@ -135,7 +147,7 @@ class MergeSession:
     def know_table(self, sigmas: Sequence[float]) -> None:
         """All noise levels of the model, falling: fractions of a run without a known schedule are places in it."""
         self._table = [float(s) for s in sigmas]
-        if self._calls == 0:
+        if self._evaluation == 0:
             self._clock = Clock(self._sigmas, self._table, self._restarts)
 
     @property
@@ -165,11 +177,12 @@ class MergeSession:
             ValueError: sigma is not above 0. RuntimeError: a second run without :meth:`reset`.
         """
         moment = None if call.sigma is None else self._clock.moment(call.sigma)
+        if call.images:
+            self._place(call)
         if call.latent_size != self._latent_size:
             self._forget_size(call.latent_size)
         self._call, self._moment = call, moment
         self.early = self._as_early = moment is not None and self.config.is_early(moment.sigma)
-        self._calls += 1
         self._seen.clear()
         self._cells.clear()
         self.stats.begin(call.sigma)
@@ -179,6 +192,16 @@ class MergeSession:
         """The model call is over."""
         self._call = self._moment = None
         self._cells.clear()
+
+    def _place(self, call: ModelCall) -> None:
+        """Whether a call goes on with the evaluation under way, or begins one."""
+        sigma, branches = self._evaluated
+        if call.sigma is not None and call.sigma == sigma and (call.further or not branches & set(call.branches)):
+            self._part += 1
+        else:
+            self._evaluation, self._part, branches = self._evaluation + 1, 0, set()
+        self._evaluated = call.sigma, branches | set(call.branches)
+        self._told |= set(call.images)
 
     def merge_as(self, early: bool) -> None:
         """This call merges as one of the run's early part does, or of the later one, whatever its noise level: the
@@ -190,6 +213,8 @@ class MergeSession:
         """Importance for the next call, from both branches of this one: model outputs (images c h w), or of
         clips (b c frames h w)."""
         self._importance = cfg_magnitude(cond, uncond)
+        if self._told:
+            self._images, self._told = max(self._told) + 1, set()
         self._ranks.clear()
         self._cells.clear()
 
@@ -209,7 +234,7 @@ class MergeSession:
         if self.suspended or (self._call is not None and not self._call.images):
             return None
         b, n, _ = x.shape
-        if self.leaves_alone(layer, n):
+        if not b or self.leaves_alone(layer, n):
             return None
         grid = grid or self.grid(n)
         if grid is None or grid[0] * grid[1] != n:
@@ -310,14 +335,13 @@ class MergeSession:
             self._grids[n] = _grid_of(n, self._latent_size)
         return self._grids[n]
 
-    def _due(self, cached: _Cached, branches: frozenset[str]) -> bool:
+    def _due(self, cached: _Cached) -> bool:
         now, made_at = self._moment, cached.moment
-        if cached.call == self._calls and self._call is not None:  # another module of the same block
+        # another module of the same block, or the other branch or another cond in a call of its own
+        if cached.evaluation == self._evaluation and self._call is not None:
             return False
         if now is None or made_at is None or made_at.sigma < now.sigma * (1 - 1e-3):
             return True
-        if made_at.sigma == now.sigma and not cached.branches & branches:  # the other branch, in a call of its own
-            return False
         if self._prunes(made_at) != self._prunes(now) or cached.early != self._as_early:
             return True
         return self.config.refresh.due(made_at, now, cached.drift)
@@ -343,16 +367,18 @@ class MergeSession:
             order = sorted(range(len(images)), key=lambda r: branches[r] != "cond")
             rows = tuple(next(r for r in order if images[r] == image) for image in unique)
         else:
-            key = (block, n, images + tuple(-1 - (branch == "cond") for branch in branches))
+            # rows of several conds in calls of their own are rows of their own, too
+            key = (block, n, (*images, *(-1 - (branch == "cond") for branch in branches), -3 - self._part))
             rows = tuple(range(len(images)))
         cached = self._cache.get(key)
-        made = cached is None or self._due(cached, frozenset(branches))
+        made = cached is None or self._due(cached)
         if cached is None or made:
             with self.timed("matching", metric.device):
                 cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
             self._cache[key] = cached
         elif cached.similarity is not None and cached.maker == layer.name and cached.branches & set(branches):
             cached.lost = cached.similarity - mean_similarity(self._take(metric, rows), *cached.sample)
+        cached.evaluation = self._evaluation
         pairing = cached.pairing
         if pairing is not None and len(rows) != len(images):
             places = tuple(unique.index(image) for image in images)
@@ -395,7 +421,7 @@ class MergeSession:
         if rank is not None and config.protect:  # nor does a ratio reach them
             most = max(min(most, n - dst.index.shape[1] - int(n * config.protect) - 1), 0)
         count, m = _count(config, key, most)
-        cached = _Cached(self._moment, self._calls, frozenset(branches), self._as_early, layer.name, None)
+        cached = _Cached(self._moment, self._evaluation, frozenset(branches), self._as_early, layer.name, None)
         if isinstance(count, int) and count == 0:
             return cached
         order = key.argsort(dim=1, descending=True, stable=True)
@@ -442,7 +468,9 @@ class MergeSession:
         self, grid: tuple[int, int], images: tuple[int, ...], device: torch.device
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Importance and its rank on a layer's grid, (rows n) each; computed once per step and size."""
-        if self._importance is None or self._call is None or self._importance.shape[0] != max(self._call.images) + 1:
+        if self._importance is None or self._call is None or self._importance.shape[0] != self._images:
+            return None, None
+        if max(images) >= self._images:
             return None, None
         if grid not in self._ranks:
             pooled = importance_on_grid(self._importance, grid)

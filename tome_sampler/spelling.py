@@ -23,15 +23,20 @@ from tome_sampler.refresh import (
 def refresh_text(refresh: Refresh) -> str:
     """A policy as a few words; :func:`read_refresh` takes them back."""
     if isinstance(refresh, SigmaRatio):
-        return f"sigma ratio {refresh.ratio:.10g}"
+        return f"sigma ratio {_number(refresh.ratio)}"
     if isinstance(refresh, EverySteps):
         return f"every {refresh.steps} steps"
     if isinstance(refresh, Drift):
-        return f"drift {refresh.tolerance:.10g}"
+        return f"drift {_number(refresh.tolerance)}"
     if isinstance(refresh, Checkpoints):
         names = [name for name, published in CA_TOME_CHECKPOINTS.items() if published == refresh]
-        return "checkpoints " + (names[0] if names else " ".join(f"{f:.10g}" for f in refresh.fractions))
+        return "checkpoints " + (names[0] if names else " ".join(_number(f) for f in refresh.fractions))
     return refresh.kind
+
+
+def _number(value: float) -> str:
+    """As short as can be read back to the same one."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def read_refresh(value: Any) -> Refresh:

@@ -124,7 +124,7 @@ class A1111Pass:
             end = first + x.shape[0]
             if end <= len(self._branches):
                 self._next = end
-                return ModelCall(self._sigma, self._size, self._branches[first:end], self._images[first:end])
+                return ModelCall(self._sigma, self._size, self._branches[first:end], self._images[first:end], first > 0)
         self.sessions[-1].note(foreign or OTHER_CALL)
         return ModelCall(None, self._size, (), ())
 

@@ -64,7 +64,7 @@ class Compiled:
         self._size: tuple[int, int] | None = None
         self._levels: list[float] = []
         self._open: list[_Opened | None] = []
-        self._own_call: ModelCall | None = None
+        self.own_call: ModelCall | None = None  # that a compiled graph has told of
         _at_work[self.number] = self
 
     # -- traced
@@ -159,23 +159,25 @@ class Compiled:
         if found is None:
             return None
         merged, sizes, row = found
-        return _Opened(x, merged, row, sizes if config.proportional or m is None else None)
+        counted = config.proportional or config.threshold is not None
+        return _Opened(x, merged, row, sizes if counted else None)
 
     # -- not traced
 
     def begin_now(self, x: Tensor, time: Tensor) -> None:
         """The root runs. A call that somebody else has told of stands."""
-        if self.session.suspended or self.session.current not in (None, self._own_call):
+        current = self.session.current
+        if self.session.suspended or (current is not None and current is not self.own_call):
             return
         root = self._root()
         call = None if root is None else self._describe(root, (x, time), {})
-        self._own_call = call
+        self.own_call = call
         if call is not None:
             self.session.begin(call)
 
     def seen_now(self, out: Tensor) -> None:
         """The root has returned this, in a call that nobody else has told of."""
-        root, own = self._root(), self._own_call
+        root, own = self._root(), self.own_call
         if root is not None and self._observe is not None and own is not None and self.session.current is own:
             self._observe(root, out)
 

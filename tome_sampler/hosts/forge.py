@@ -45,7 +45,7 @@ class ForgePass:
         self._place: tuple[int, ...] = ()
         self._open: tuple[Pairing, bool] | None = None
         self._reached = False
-        self._uncond = False  # whether an uncond row has run in this step
+        self._started = self._uncond = False  # whether a call has been made in this step, and one of uncond rows
         self._foreign: set[tuple[str, int]] = set()  # blocks whose attention another extension replaces
 
     def patched(self, unet: Any) -> Any:
@@ -143,7 +143,8 @@ class ForgePass:
 
     def _observe(self, args: dict[str, Any]) -> Tensor:
         """After guidance. Where the uncond did not run, Forge hands over zeros for it, and reForge None."""
-        self._place, seen, self._uncond = (), self._uncond, False
+        self._place, seen = (), self._uncond
+        self._started = self._uncond = False
         self.session.end()
         cond, uncond = args.get("cond_denoised"), args.get("uncond_denoised")
         if seen and isinstance(cond, Tensor) and isinstance(uncond, Tensor) and not self.session.suspended:
@@ -161,7 +162,9 @@ class ForgePass:
         self._uncond |= "uncond" in chunks
         call = ModelCall(None, self._size, (), ())
         if (h, w) == self._size and rows == self._images * len(chunks):
-            call = ModelCall.chunked(float(extra["sigmas"].max()), self._size, chunks, self._images)
+            sigma = float(extra["sigmas"].max())
+            call = ModelCall.chunked(sigma, self._size, chunks, self._images, further=self._started)
+            self._started = True
         else:
             self.session.note(OTHER_CALL)
         self.session.begin(call)

@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from tome_sampler.attention import own_attention, proportional_attention
+from tome_sampler.attention import has_own_attention, own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.compiled import Compiled, is_compiling
 from tome_sampler.hosts.families import mergeable, require_known
@@ -21,6 +21,18 @@ from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
 _TIMESTEPS = 1000
+
+
+@cache
+def _sigmas() -> list[float]:
+    """The noise level of each timestep, rising, where betas are as of Stable Diffusion ("scaled linear")."""
+    kept = 1.0
+    sigmas = []
+    for step in range(_TIMESTEPS):
+        kept *= 1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * step / (_TIMESTEPS - 1)) ** 2
+        sigmas.append(math.sqrt((1 - kept) / kept))
+    return sigmas
+
 
 # The sessions at work on each root module, innermost last. Weak: it keeps no model alive, and no mark is left on one.
 _attached: weakref.WeakKeyDictionary[nn.Module, list[_Attachment]] = weakref.WeakKeyDictionary()
@@ -55,6 +67,7 @@ class _Attachment:
         observe: Observe | None,
     ) -> None:
         self.session, self._describe, self._failed, self._observe = session, describe, failed, observe
+        self.suspends: list[MergeSession] = []  # those that wait until this one is gone
         self._stack = ExitStack()
         self._open: dict[nn.Module, _Open] = {}
         self._open_blocks: dict[nn.Module, tuple[_Open, Tensor]] = {}  # and the tokens that it was given
@@ -110,7 +123,9 @@ class _Attachment:
         if config.modules == ("block",):
             layer = Layer(name or "block", number)
             self._hook(block, self._before_block(layer), self._after_block)
-            self._hook(block.attn1, self._before_attention_of(block), self._after("inner"))  # type: ignore[arg-type]
+            for attention in (block.attn1, getattr(block, "attn2", None)):
+                if isinstance(attention, nn.Module):
+                    self._hook(attention, self._before_attention_of(block), self._after("inner"))
             return
         for part in config.modules:
             module = getattr(block, part, None)
@@ -128,20 +143,21 @@ class _Attachment:
             if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
                 return None
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)) or _needs_all(kwargs):
-                if is_compiling():
-                    self._compiled.skip()
-                return None
+                return self._compiled.skip() if is_compiling() else None
+            attends = part != "ff" and _attends_to_itself(x, args, kwargs)  # attn2 does in blocks that have no context
             if is_compiling():
                 metric = self._block_input.get(block)
                 if part == "attn1":
                     merged = self._compiled.attend(number, module, x, metric)
+                elif attends:
+                    return self._compiled.skip()
                 else:
                     merged = self._compiled.merge(number, x, metric, None)
                 return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = self._merge(layer, x, self._block_input.get(block))
             if opened is None:
                 return None
-            given = self._attend(module, opened) if part == "attn1" else opened.merged
+            given = self._attend(module, opened) if attends else opened.merged
             self._open[module] = opened
             return _with_tokens(given, x, args, kwargs)
 
@@ -152,11 +168,11 @@ class _Attachment:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
-            x = None if _needs_all(kwargs) else _tokens(args, kwargs)
+            masked = isinstance(kwargs.get("attention_mask"), Tensor)  # made for all tokens
+            x = None if masked or _needs_all(kwargs) else _tokens(args, kwargs)
             if is_compiling():
                 if x is None:
-                    self._compiled.skip()
-                    return None
+                    return self._compiled.skip()
                 merged = self._compiled.merge(number, x, None, module.attn1)  # type: ignore[arg-type]
                 return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = None if x is None else self._merge(layer, x, None)
@@ -171,9 +187,8 @@ class _Attachment:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = _tokens(args, kwargs)
             if is_compiling():
-                if x is None or not _attends_to_itself(x, args, kwargs):
-                    self._compiled.skip()
-                    return None
+                if x is None or not _attends_to_itself(x, args, kwargs) or not has_own_attention(module):
+                    return self._compiled.skip()
                 given = self._compiled.attend_in_block(x)
                 return None if given is None else _with_tokens(given, x, args, kwargs)
             if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
@@ -203,7 +218,8 @@ class _Attachment:
         if not proportional and not pairing.padded:
             return opened.merged
         opened.log_size = pairing.log_size if proportional else pairing.log_mask
-        if module in self._unreached:  # its own attention is of no use: a single token, to be quick about it
+        # its own attention is of no use: a single token, to be quick about it
+        if module in self._unreached and has_own_attention(module):
             return opened.merged[:, :1]
         heads = getattr(module, "heads", None)
         heads = heads if isinstance(heads, int) else None
@@ -236,8 +252,11 @@ class _Attachment:
         opened = self._open.pop(module)
         if opened.mode is not None:
             opened.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if not isinstance(output, Tensor):
-            return None
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):  # with weights, say
+            return (self._closed(module, opened, output[0]), *output[1:])
+        return self._closed(module, opened, output) if isinstance(output, Tensor) else None
+
+    def _closed(self, module: nn.Module, opened: _Open, output: Tensor) -> Tensor:
         if opened.log_size is not None and (opened.mode is None or not opened.mode.used):
             own = own_attention(module, opened.merged, opened.log_size)
             if own is None:
@@ -260,7 +279,9 @@ class _Attachment:
                 return None
             return _with_tokens(self._compiled.begin(x, time), x, args, kwargs)
         self._abandon()
-        if self.session.current is None and not self.session.suspended:
+        # a compiled call tells of itself, and nobody ends it
+        current = self.session.current
+        if not self.session.suspended and (current is None or current is self._compiled.own_call):
             call = self._describe(module, args, kwargs)
             if call is not None:
                 self._call = self.session.call(call)
@@ -310,8 +331,10 @@ def _needs_all(kwargs: dict[str, Any]) -> bool:
 def _latent_and_time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """What a whole model is called with."""
     x = args[0] if args else kwargs.get("sample", kwargs.get("x", kwargs.get("input")))
-    named = next((kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs), None)
-    return x, args[1] if len(args) > 1 else named
+    named = [kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs]
+    # PixArt's second argument is its text, and has more dimensions
+    placed = [a for a in args[1:2] if isinstance(a, (int, float)) or (isinstance(a, Tensor) and a.ndim <= 1)]
+    return x, next(iter(named + placed), None)
 
 
 def _call_of(
@@ -324,8 +347,8 @@ def _call_of(
     sigma = None
     if time is not None:
         sigma = float(time.max()) if isinstance(time, Tensor) else float(time)
-        if not hasattr(root, "sigmas"):  # a timestep. Only its order counts, so a cosine schedule will do
-            sigma = math.tan(math.pi / 2 * (min(max(sigma, 0.0), _TIMESTEPS - 1) + 1) / (_TIMESTEPS + 1))
+        if not hasattr(root, "sigmas"):  # a timestep, of the schedule that Stable Diffusion and most others learnt
+            sigma = _sigmas()[min(max(round(sigma), 0), _TIMESTEPS - 1)]
     b = x.shape[0]
     if branches is None or b % len(branches):
         return ModelCall(sigma, (x.shape[-2], x.shape[-1]), ("cond",) * b, tuple(range(b)))
@@ -436,7 +459,8 @@ def _attach(
     observe: Observe | None = None,
 ) -> _Attachment:
     attachment = _Attachment(root, session, describe, failed, observe)
-    for other in _others(root):  # the innermost of nested sessions works, the others wait
+    attachment.suspends = [other for other in _others(root) if not other.suspended]
+    for other in attachment.suspends:  # the innermost of nested sessions works, the others wait
         other.suspended = True
     _attached.setdefault(root, []).append(attachment)
     return attachment
@@ -458,8 +482,13 @@ def _remove(root: nn.Module, attachment: _Attachment) -> None:
         attachment.session.release()
         if not stack:
             del _attached[root]
-        if not attachment.session.suspended and (others := _others(root)):
-            others[-1].suspended = False
+        above = next((a for those in _attached.values() for a in those if attachment.session in a.suspends), None)
+        if above is not None:  # taken off out of turn: what waited for it waits for the one that it waited for
+            above.suspends.remove(attachment.session)
+            above.suspends += attachment.suspends
+        else:
+            for other in attachment.suspends:
+                other.suspended = False
 
 
 @contextmanager
