@@ -470,6 +470,11 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         (["--methods", "default:ratio=0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
         (["--methods", "default:refresh=often"], "refresh is 'often'; it must be 'always', 'once'"),
         (["--methods", "plain:ratio=0.5"], "plain takes no overrides"),
+        (["--methods", "deepcache:cache_interval=5", "--steps", "2"], "deepcache takes no overrides"),
+        (["--methods", "tomesd:ratio=0.9"], "ratio of tomesd is 0.9; it must be a number from 0 to 0.75"),
+        (["--methods", "ca-tome:r=x"], "r of ca-tome is 'x'; it must be a number from -1 to 1"),
+        (["--calibrate", "--json", "gate.json"], "--calibrate writes its own table"),
+        (["--calibrate", "--backend", "xformers"], "backend is 'xformers'; it must be one of auto, flash"),
         (["--modules", "attn3"], "modules is 'attn3'; it must be one of attn1"),
         (["--steps", "1"], "steps is 1; it must be 0"),
         (["--repeats", "0"], "repeats is 0; it must be from 1 to 1000"),
@@ -514,6 +519,52 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_a_package_that_fails_later_costs_its_row_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tomesd")
+    method, steps = TomeSd("tomesd", host, {}), []
+
+    def fail(*args: Any) -> Tensor:
+        steps.append(args)
+        if len(steps) > 1:
+            raise RuntimeError("no more")
+        return Method.call(method, *args)
+
+    monkeypatch.setattr(method, "call", fail)
+    found = Rounds(host, [Method("plain", host), method], repeats=2, steps=[], bound=False).measure(tqdm(disable=True))
+    assert found.notes == ["tomesd does not run on tiny: RuntimeError: no more"]
+    assert "tomesd" not in {row["method"] for row in rows_of(found, {})}
+    assert len(found.steps["plain"]) == 2
+
+
+def test_what_does_not_fit_into_memory_costs_its_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [
+        "bench",
+        "--arch",
+        "tiny,sdxl",
+        "--quick",
+        "--methods",
+        "plain",
+        "--quiet",
+        "--json",
+        str(tmp_path / "b.json"),
+    ]
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
+    assert main(given) == 0
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert {row["arch"] for row in written["results"]} == {"tiny"}
+    assert any(note.startswith("not measured: the weights of sdxl") for note in written["machine"]["notes"])
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(settings: Settings, progress: bool) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        yield {}, [{"method": "plain"}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tome_sampler.bench.measure.measure", stopped)
+    assert main(["bench", "--arch", "tiny", "--quiet", "--json", str(tmp_path / "b.json")]) == 130
+    assert json.loads((tmp_path / "b.json").read_text())["results"] == [{"method": "plain"}]
 
 
 def test_what_does_not_fit_into_memory_is_refused(

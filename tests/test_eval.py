@@ -12,23 +12,25 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import animate, sd
+from pipelines import animate, pixart, sd
 
 from tome_sampler.cli import main
 from tome_sampler.demo import load_model
 from tome_sampler.demo.scenes import draw, random_scene, scene_from_caption
 from tome_sampler.eval import metrics, rows
+from tome_sampler.eval.evaluate import _said
 from tome_sampler.eval.features import features_of, load_features, right_answers, train
 from tome_sampler.eval.flops import flops_of
 from tome_sampler.eval.frechet import scene_distance
-from tome_sampler.eval.measure import Plan, part_of
-from tome_sampler.eval.methods import read_methods
+from tome_sampler.eval.measure import Plan, part_of, parts_of
+from tome_sampler.eval.methods import applicable, read_methods
 from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.processes import Processes
 from tome_sampler.eval.prompts import NEXT_SEED, cases, held_out_captions, read_prompts, scene_of
@@ -220,8 +222,21 @@ def test_a_checkpoint_and_free_prompts(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments(prompts, file, "--model", str(tmp_path / "clips"), methods="default")) == 2
     assert "draws clips, and eval compares pictures" in capsys.readouterr().err
     (model / "unet" / "config.json").write_text("{}")
-    assert main(given) == 2
-    assert "tome-sampler eval: " in capsys.readouterr().err
+    assert main([*given, "--negative", "a dog", "--size", "64"]) == 2
+    assert "mismatched_sizes" in capsys.readouterr().err, "its weights are not of the model that it says"
+
+
+def test_packages_are_not_put_on_models_of_other_kinds() -> None:
+    model: Any = SimpleNamespace(module=pixart().transformer)
+    methods, _ = read_methods("tomesd:ratio=0.5,default")
+    with pytest.raises(
+        ValueError, match=r"tomesd:ratio=0.5: made for UNet2DConditionModel, .* PixArtTransformer2DModel"
+    ):
+        applicable(methods, model, asked=True)
+    kept, notes = applicable(methods, model, asked=False)
+    assert [method.label for method in kept] == ["plain", "default"]
+    assert "tomesd:ratio=0.5" in notes[0]
+    assert applicable(methods, SimpleNamespace(module=load_model()), asked=True) == (methods, [])  # type: ignore[arg-type]
 
 
 # -- several processes
@@ -253,13 +268,18 @@ def test_two_processes_give_the_numbers_of_one(written: Path, prompt_file: Path,
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_second_seed_that_is_added_is_shared_out(
-    number: int, prompt_file: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    prompt_file: Path,
+    written: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Pictures lie prompt by prompt, so every other one of them all would be the second seeds: one process's alone."""
     file, drawn = tmp_path / "rows.jsonl", []
     first = [line for line in (written / "rows.jsonl").read_text().splitlines() if json.loads(line)["seed"] < NEXT_SEED]
     file.write_text("\n".join(first) + "\n")
-    found = rows.read_rows(file)
+    of_first: list[list[Any]] = [rows.read_rows(file), [1, 3]]  # rows, and the groups that are missing
 
     class OneOfTwo(Processes):
         def __init__(self, device: str | None) -> None:
@@ -267,7 +287,7 @@ def test_a_second_seed_that_is_added_is_shared_out(
             self.number, self.count = number, 2
 
         def gather(self, items: list[Any]) -> list[Any]:
-            return [*items, *([] if self.first else found)]
+            return items if self.first or not of_first else of_first.pop(0)
 
     def draw(plan: Plan, groups: list[list[Any]], *args: Any) -> list[Any]:
         drawn.extend(case for group in groups for case in group)
@@ -275,8 +295,9 @@ def test_a_second_seed_that_is_added_is_shared_out(
 
     monkeypatch.setattr("tome_sampler.eval.evaluate.Processes", OneOfTwo)
     monkeypatch.setattr("tome_sampler.eval.measure._drawn", draw)
-    assert main(arguments(prompt_file, file, "--seeds", "2")) == 0
+    assert main(arguments(prompt_file, file, "--seeds", "2")) == 2
     assert [(case.prompt, case.seed) for case in drawn] == [([CAPTION, OTHER][number], NEXT_SEED + number)]
+    assert "10 of 20 pictures have been compared" in capsys.readouterr().err, "nothing partial is passed off as whole"
 
 
 # -- bad input, and disks that are full
@@ -299,6 +320,10 @@ def test_an_empty_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--methods", "default:ratio=2"], "ratio is 2"),
         (["--methods", "plain:more_steps=0"], "more_steps is 0"),
         (["--methods", "fast,fast"], "must name each one once"),
+        (["--methods", "default,default:"], "must name each one once"),
+        (["--methods", "tomesd:ratio=0.9"], "ratio of tomesd is 0.9; it must be a number from 0 to 0.75"),
+        (["--methods", "tomesd:ratio=abc"], "ratio of tomesd is 'abc'"),
+        (["--methods", "ca-tome:r=x"], "r of ca-tome is 'x'; it must be a number from -1 to 1"),
         (["--size", "33"], "size is 33x33"),
         (["--size", "big"], "size is 'big'"),
         (["--seeds", "0"], "seeds is 0; it must be at least 1"),
@@ -502,6 +527,39 @@ def test_captions_are_held_out_and_known_by_their_seed() -> None:
     first, second = cases(captions, 2, 40), cases(captions[:2], 3, 40)
     assert first[:2] == second[:2]
     assert len({case.seed for case in first}) == 10
+
+
+def test_a_caption_that_training_has_seen_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = held_out_captions(2, 40)
+    monkeypatch.setattr("tome_sampler.eval.prompts.trained_captions", lambda: {one})
+    after = held_out_captions(2, 40)
+    assert one not in after
+    assert after[1] == two
+
+
+@pytest.mark.parametrize(
+    ("side", "there"), [(96, False), (98, False), (99, True), (161, True), (175, True), (176, True)]
+)
+def test_ms_ssim_of_every_size(side: int, there: bool) -> None:
+    picture = torch.rand(1, 3, side, side + 8)
+    value = metrics.ms_ssim(picture, picture)
+    assert value == pytest.approx(1.0) if there else value is None
+
+
+def test_files_of_other_processes_are_known_by_their_whole_name(tmp_path: Path) -> None:
+    file = tmp_path / "rows[1].jsonl"
+    for number in (0, 12):
+        part_of(file, number).touch()
+    (tmp_path / f"{part_of(file, 0).name}.bak").touch()
+    assert parts_of(file) == [part_of(file, 0), part_of(file, 12)]
+
+
+def test_what_sessions_noted_is_said_of_their_methods() -> None:
+    row = {"setting": "", "notes": ["layers of 256 tokens are left alone"]}
+    found = _said(
+        [{"method": "fast", **row}, {"method": "fast", **row}, {"method": "default", **row}, {"method": "plain"}]
+    )
+    assert found == ["fast, default: layers of 256 tokens are left alone."]
 
 
 def test_the_shipped_features_tell_scenes_apart() -> None:

@@ -10,7 +10,17 @@ import torch
 
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.methods import USUAL_STEPS, Merged, Method, Stacked
-from tome_sampler.bench.peers import PACKAGES, CaTome, DeepCache, HyperTile, TomeSd, package_of, threshold_for
+from tome_sampler.bench.peers import (
+    AMOUNTS,
+    PACKAGES,
+    CaTome,
+    DeepCache,
+    HyperTile,
+    TomeSd,
+    check_amount,
+    package_of,
+    threshold_for,
+)
 from tome_sampler.config import PRESETS, MergeConfig
 from tome_sampler.spelling import read_overrides, split_methods
 
@@ -75,6 +85,8 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
     for label in labels:
         name, _, rest = label.partition(":")
         _known(name)
+        if rest and name in (*LIMITS, "deepcache", "hypertile"):
+            raise ValueError(f"method is {label!r}; {name} takes no overrides")
         package = name.rpartition("+")[2]
         if package in PACKAGES:
             if given is None and find_spec(PACKAGES[package][0]) is None:
@@ -86,10 +98,12 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
                 f"{name} is not in the table: it works from step to step, and there were no whole runs (--steps)"
             )
             continue
-        if name not in LIMITS:
-            chosen.append(Chosen(label, name, read_overrides(rest)))
-        elif rest:
-            raise ValueError(f"method is {label!r}; {name} takes no overrides")
+        if name in LIMITS:
+            continue
+        overrides = read_overrides(rest)
+        if name in AMOUNTS:
+            check_amount(name, overrides)
+        chosen.append(Chosen(label, name, overrides))
     if len(set(labels)) < len(labels):
         raise ValueError(f"methods is {given!r}; it must name each one once")
     return tuple(chosen), "bound" in labels, tuple(notes)

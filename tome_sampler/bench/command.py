@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         from tome_sampler.bench.calibrate import run as calibrate
 
+        if args.json or args.markdown or args.plot:
+            raise ValueError("--calibrate writes its own table; it goes with none of --json, --markdown and --plot")
         return calibrate(args)
     from tome_sampler.bench import report
     from tome_sampler.bench.measure import measure
@@ -118,10 +120,12 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.markdown, args.plot):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-    machine, rows = measure(Settings.of(args), progress=not args.quiet)
+    for machine, rows in measure(Settings.of(args), progress=not args.quiet):
+        if args.json:  # what comes later may fail, or be stopped
+            report.write_json(args.json, machine, rows)
     text = report.markdown(machine, rows)
     print(text, end="")
-    if args.json:
+    if args.json:  # with what was noted last
         report.write_json(args.json, machine, rows)
     if args.markdown:
         args.markdown.write_text(text)

@@ -21,20 +21,30 @@ from tome_sampler.bench.settings import Settings
 from tome_sampler.models import DTYPES
 
 
-def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine, with how it was measured, and a row for each method and kind of step.
+def measure(settings: Settings, progress: bool = True) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The machine, with how it was measured, and a row for each method and kind of step: all there are so far, after
+    each model, size and batch. What will not fit into memory is noted and left out.
 
     Raises:
-        ValueError: it will not fit into memory, or there is no such attention kernel.
+        ValueError: nothing fits into memory, or there is no such attention kernel.
     """
     rows: list[dict[str, Any]] = []
     notes = list(settings.notes)
     with threads(settings.threads), torch.random.fork_rng(devices=_cuda(settings.device)):
-        machine = report.machine(settings.device)
+        machine = report.machine(settings.device) | {
+            "repeats": settings.repeats,
+            "ratio": settings.ratio,
+            "seed": settings.seed,
+            "notes": notes,
+        }
         before = report.load()
         for name in settings.archs:
             torch.manual_seed(settings.seed)
-            model = build(name, DTYPES[settings.dtype], settings.device, settings.seed, settings.checkpoint)
+            try:
+                model = build(name, DTYPES[settings.dtype], settings.device, settings.seed, settings.checkpoint)
+            except ValueError as error:
+                notes.append(f"not measured: {error}")
+                continue
             architecture = settings.architecture(name)
             if not architecture.trained:
                 notes.append(
@@ -46,7 +56,11 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
                 host = Host(name, architecture, model, size, batch, settings.seed)
                 foreign = any(method.preset is None for method in settings.chosen)
                 needed = host.needs(whole_scores=settings.backend == "math", foreign=foreign)
-                require_memory(needed, settings.device, f"a step of {name} at {size} pixels, batch {batch}")
+                try:
+                    require_memory(needed, settings.device, f"a step of {name} at {size} pixels, batch {batch}")
+                except ValueError as error:
+                    notes.append(f"not measured: {error}")
+                    continue
                 with attention_on(settings.backend, model), _bar(f"{name} {size} x{batch}", progress) as bar:
                     methods = settings.methods_on(host)
                     rounds = Rounds(host, methods, repeats=settings.repeats, steps=settings.steps, bound=settings.bound)
@@ -63,15 +77,11 @@ def measure(settings: Settings, progress: bool = True) -> tuple[dict[str, Any], 
                 }
                 rows += rows_of(found, common)
                 notes += [note for note in found.notes if note not in notes]
-            del model, host, methods, rounds, found
-    machine |= {
-        "load": [before, report.load()],
-        "repeats": settings.repeats,
-        "ratio": settings.ratio,
-        "seed": settings.seed,
-        "notes": notes,
-    }
-    return machine, rows
+                del host, methods, rounds, found
+                yield machine | {"load": [before, report.load()]}, rows
+            del model
+    if not rows:
+        raise ValueError("; ".join(note.removeprefix("not measured: ") for note in notes if "not measured" in note))
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -40,6 +40,24 @@ def package_of(method: str) -> Any:
             f"{method} needs the package {module}, which cannot be imported ({error}); {command}, or leave {method} "
             "out of --methods"
         ) from None
+
+
+AMOUNTS = {
+    # a package's argument that says how much is merged, and its range: of four tokens one is a destination
+    "tomesd": ("ratio", 0.0, 0.75),
+    "ca-tome": ("r", -1.0, 1.0),
+}
+
+
+def check_amount(method: str, arguments: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: how much a package is to merge is no number, or none that it would merge.
+    """
+    name, low, high = AMOUNTS[method]
+    value = arguments.get(name, low)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} of {method} is {value!r}; it must be a number from {low:g} to {high:g}")
 
 
 class _Peer(Method):

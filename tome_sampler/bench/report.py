@@ -85,8 +85,8 @@ def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines += [
         f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads, {machine['repeats']} rounds, "
         f"load {machine['load'][0]} to {machine['load'][1]}. seconds: {machine['clock']} of one model call, median ± "
-        "interquartile range; speed-up: to plain, paired within rounds; share of bound: zero_overhead's seconds over "
-        "its own; overhead: the part of a step that zero_overhead does not have. A method without /refresh or /reuse "
+        "interquartile range over rounds, of a whole run the mean over its steps; speed-up: to plain, paired within "
+        "rounds; share of bound: zero_overhead's seconds over its own; overhead: the part of a step that zero_overhead does not have. A method without /refresh or /reuse "
         "is a run of so many steps as its policy mixes them: measured if it says run, else put together from single "
         "steps, each kind as often as it occurs. Where a method merges another fraction early in a run, its steps "
         "above early_sigma are /early refresh and /early reuse, and those of its limits /early and /later; a run's "
@@ -114,7 +114,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["method"],
         steps,
-        f"{row['seconds']:.4g} ± {row['seconds_iqr']:.2g}",
+        f"{row['seconds']:.4g}" + ("" if row["kind"] == "run" else f" ± {row['seconds_iqr']:.2g}"),
         f"{row['speedup']:.3f}x",
         percent("share_of_bound"),
         " / ".join(overheads) if any(overheads) else "",

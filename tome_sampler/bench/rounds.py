@@ -83,9 +83,15 @@ class Rounds:
             self._step(turn, lambda call: call())
         for number in range(self._repeats):
             for turn in rotated(turns, number):
-                _, taken = self._step(turn, partial(take, device=self._host.device))
+                if turn.method not in found.methods:
+                    continue
+                try:
+                    _, taken = self._step(turn, partial(take, device=self._host.device))
+                except Exception as error:
+                    self._drop(turn.method, error)
+                    continue
                 found.steps.setdefault(turn.name, []).append(taken)
-        self._look_inside(turns)
+        self._look_inside([turn for turn in turns if turn.method in found.methods])
         for length in self._lengths:
             self._run(length)
         for method in found.methods:

@@ -53,7 +53,7 @@ class Settings:
             raise ValueError("steps is 1; it must be 0, for single steps only, or from 2 to 1000")
         chosen, bound, notes = choose(args.methods, quick=args.quick, runs=bool(steps))
         settings = cls(
-            archs=tuple(one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(",")),
+            archs=tuple(dict.fromkeys(one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(","))),
             checkpoint=args.checkpoint,
             sizes=_numbers("size", args.size, *SIZES),
             batches=_numbers("batch", args.batch, 1, 64),

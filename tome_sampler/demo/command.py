@@ -60,12 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(args: argparse.Namespace) -> MergeConfig:
-    """The preset with what the command line overrides; a ratio without a threshold is a fixed one."""
+    """The preset with what the command line overrides; a ratio is that of all the run, and a
+    fixed one without a threshold."""
     overrides = {
         name: getattr(args, name) for name in ("ratio", "threshold", "stride") if getattr(args, name) is not None
     }
     if "ratio" in overrides:
         overrides.setdefault("threshold", None)
+        overrides["early_ratio"] = None  # in all of the run
     return MergeConfig.preset(args.preset, **overrides)
 
 

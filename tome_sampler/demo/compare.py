@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from tome_sampler import demo
 from tome_sampler.config import MergeConfig
-from tome_sampler.models.embedded import SIZE, EmbeddedModel
+from tome_sampler.models import open_model
+from tome_sampler.models.embedded import SIZE
 from tome_sampler.models.run import Settings
 from tome_sampler.models.run import sample as run_model
 from tome_sampler.pairing import Pairing
@@ -81,7 +82,7 @@ def sample(
         if on_step is not None:
             on_step()
 
-    run = run_model(EmbeddedModel(device), [prompt], [seed], settings, config, on_step=look)
+    run = run_model(open_model(device=device), [prompt], [seed], settings, config, on_step=look)
     return Sample(run.pictures[0], run.seconds, run.stats, middle.get("importance"), middle.get("pairing"))
 
 

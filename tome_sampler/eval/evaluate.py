@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tome_sampler.eval.measure import Plan, measure, parts_of
-from tome_sampler.eval.methods import OURS, read_methods
+from tome_sampler.eval.methods import OURS, applicable, read_methods
 from tome_sampler.eval.pictures import read_pictures
 from tome_sampler.eval.plot import plot, plotter
 from tome_sampler.eval.processes import Processes
 from tome_sampler.eval.prompts import cases, held_out_captions, read_prompts
 from tome_sampler.eval.report import conditions, report
-from tome_sampler.eval.rows import check_rows, read_rows, write_whole
+from tome_sampler.eval.rows import Row, check_rows, read_rows, write_whole
 from tome_sampler.eval.sheet import sheet
 from tome_sampler.eval.summary import points
 from tome_sampler.eval.weights import clip_score, inception_distances, lpips
@@ -54,6 +55,8 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     if model.usual.frames is not None:
         raise ValueError(f"{model.name} draws clips, and eval compares pictures; generate --compare compares clips")
+    methods, left_out = applicable(methods, model, asked=args.methods is not None)
+    notes += left_out
     settings = _settings(args, model)
     if prompts is None:
         if model.name != "embedded":
@@ -99,6 +102,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if not processes.first:
         return 0
     found = points(methods, rows)
+    notes += _said(rows)
     if distances is not None:
         notes.append(distances(plan, args.reference))
     if processes.count > 1:
@@ -112,6 +116,16 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.sheet and (drawn := sheet(plan, rows)):
         write_whole(args.sheet, drawn)
     return 0
+
+
+def _said(rows: Sequence[Row]) -> list[str]:
+    """What sessions noted, with the methods that they did so of: why nothing was merged, say."""
+    methods: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.get("notes", ()):
+            label = row["method"] + (f":{row['setting']}" if row["setting"] else "")
+            methods.setdefault(note, []).append(label)
+    return [f"{', '.join(dict.fromkeys(labels))}: {note}." for note, labels in methods.items()]
 
 
 def _check(args: argparse.Namespace) -> None:

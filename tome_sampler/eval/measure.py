@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -86,13 +87,18 @@ def measure(plan: Plan, file: Path, processes: Processes, *, progress: bool = Tr
     if own.exists():  # without a torn line
         write_rows(own, list(known.values()))
     rows = {key_of(row): row for row in processes.gather(list(known.values()))}
-    # of what is missing, not of all: a second seed that is added later would be one process's alone
-    mine = processes.share([group for group in plan.groups if _missing(plan, group, rows)])
+    # of what is missing, not of all: a second seed that is added later would be one process's alone. As the first one
+    # sees it: others may see other pictures in the folder
+    missing = [number for number, group in enumerate(plan.groups) if _missing(plan, group, rows)]
+    missing = processes.gather(missing if processes.first else [])
+    mine = [plan.groups[number] for number in processes.share(missing)]
     if mine:
         for row in _drawn(plan, mine, rows, own, progress and processes.first):
             rows[key_of(row)] = row
     everything = {key_of(row): row for row in processes.gather(list(rows.values()))}
     asked = plan.ordered(list(everything.values()))
+    if len(asked) < (all_there_are := len(plan.cases) * len(plan.methods)):
+        raise RuntimeError(f"{len(asked)} of {all_there_are} pictures have been compared; the same command goes on")
     if processes.first:
         further = [everything[key] for key in everything.keys() - {key_of(row) for row in asked}]
         write_rows(file, [*asked, *sorted(further, key=key_of)])
@@ -112,7 +118,8 @@ def part_of(file: Path, number: int) -> Path:
 
 def parts_of(file: Path) -> list[Path]:
     """All there are on this machine."""
-    return sorted(file.parent.glob(f"{file.name}.process*"))
+    named = re.compile(re.escape(file.name) + r"\.process\d+")  # and no copy that somebody made of one
+    return sorted(path for path in file.parent.iterdir() if named.fullmatch(path.name))
 
 
 def _missing(plan: Plan, group: Sequence[Case], rows: dict[Any, Row]) -> list[Method]:

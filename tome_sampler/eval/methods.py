@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tome_sampler.bench.patched import Patch
-from tome_sampler.bench.peers import PACKAGES, package_of
+from tome_sampler.bench.peers import PACKAGES, check_amount, package_of
 from tome_sampler.config import PRESETS, MergeConfig
 from tome_sampler.models import Model
 from tome_sampler.models.run import Sampled, Settings, sample
@@ -149,9 +149,28 @@ def read_methods(text: str | None) -> tuple[list[Method], list[str]]:
         method = Method(label, name, setting, read_overrides(setting))
         _check(method)
         methods.append(method)
-    if len({method.label for method in methods}) < len(methods):
+    if len({(method.name, method.setting) for method in methods}) < len(methods):
         raise ValueError(f"methods is {text!r}; it must name each one once")
     return methods, notes
+
+
+def applicable(methods: Sequence[Method], model: Model, *, asked: bool) -> tuple[list[Method], list[str]]:
+    """Those methods that a model can be sampled with, and what was left out and why.
+
+    Args:
+        asked: the user named them.
+
+    Raises:
+        ValueError: a package that was asked for is made for other models: it would run another one, or fail.
+    """
+    kind = type(_patched_module(model.module))
+    foreign = [method.label for method in methods if method.name in PEERS]
+    if not foreign or "UNet2DConditionModel" in [base.__name__ for base in kind.__mro__]:
+        return list(methods), []
+    said = f"{', '.join(foreign)}: made for UNet2DConditionModel, and this model is {kind.__name__}"
+    if asked:
+        raise ValueError(f"{said}; leave them out of --methods")
+    return [method for method in methods if method.name not in PEERS], [f"Not in the table: {said}."]
 
 
 def _check(method: Method) -> None:
@@ -178,6 +197,8 @@ def _check(method: Method) -> None:
     for name in method.overrides:
         if name not in known:
             raise ValueError(f"{method.name} has no field {name!r}; it has {', '.join(known)}")
+    if method.name in PEERS:
+        check_amount(method.name, method.overrides)
 
 
 def _patched_module(module: nn.Module) -> nn.Module:

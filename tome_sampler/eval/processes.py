@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=30)
 
 
 class Processes:
@@ -30,8 +32,10 @@ class Processes:
                 from accelerate import PartialState
             except ImportError as error:
                 raise ImportError(f"several processes need accelerate, which cannot be imported ({error})") from None
-            # without a GPU it would take each process for the only one
-            self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+            # without a GPU it would take each process for the only one. One that is done waits for the slowest, which
+            # by default is given up after half an hour
+            cpu = device == "cpu" or not torch.cuda.is_available()
+            self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
             self.number, self.count = self._state.process_index, self._state.num_processes
             self.device = device or str(self._state.device)
 

@@ -18,12 +18,14 @@ def conditions(run: Row, points: Sequence[Point]) -> str:
     """What was run, in one line."""
     prompts = len(points[0].columns["psnr"])
     height, width = run["size"]
+    more = f", {run['dtype']}" if "dtype" in run else ""
+    more += f", negative prompt “{run['negative']}”" if "negative" in run else ""
     return (
         f"{run['model']}, {width}x{height} pixels, {run['sampler']}, {run['steps']} steps, cond_scale "
         f"{run['cond_scale']:g}, batch {run['batch']}: {points[0].pictures} pictures of {prompts} prompts for each "
         f"method, first seed {run['first_seed']}. {platform.machine()}, torch {torch.__version__}, {run['device']}, "
-        f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['clock']}. In brackets: 95 % bootstrap intervals "
-        "over prompts."
+        f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['clock']}{more}. In brackets: 95 % bootstrap "
+        "intervals over prompts."
     )
 
 

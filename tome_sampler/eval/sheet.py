@@ -78,7 +78,9 @@ def sheet(plan: Plan, rows: Sequence[Row]) -> bytes | None:
 
 
 def _draw(plan: Plan, method: Method, case: Case) -> Tensor:
-    return plan.draw(method, [case]).pictures[0]
+    """With those beside it: packages look at a whole batch."""
+    group = next(group for group in plan.groups if case in group)
+    return plan.draw(method, group).pictures[group.index(case)]
 
 
 def _panel(picture: Tensor) -> Image.Image:

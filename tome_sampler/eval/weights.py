@@ -134,12 +134,15 @@ def inception_distances(weights: Path) -> Callable[[Plan, Path | None], str]:
         for method in plan.methods[0 if reference is not None else 1 :]:
             fake = _features(network, (read_picture(path_of(folder, method, case)) for case in plan.cases))
             fid = FrechetInceptionDistance(feature=_Given(2048), sync_on_compute=False)
-            subsets = min(len(features), len(fake), 1000)
-            kid = KernelInceptionDistance(feature=_Given(2048), subset_size=subsets, sync_on_compute=False)
+            # half of the pictures, or subsets would be the set again and again, and their spread nothing
+            subset = min(max(min(len(features), len(fake)) // 2, 1), 1000)
+            kid = KernelInceptionDistance(feature=_Given(2048), subset_size=subset, sync_on_compute=False)
             for metric in (fid, kid):
                 metric.update(features, real=True)
                 metric.update(fake, real=False)
-            mean, spread = kid.compute()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # of the subsets
+                mean, spread = kid.compute()
             found.append(f"{method.label} {float(fid.compute()):.2f}, {float(mean):.5f} ± {float(spread):.5f}")
         of = "the plain pictures" if reference is None else str(reference)
         return f"FID, KID to {of}: " + "; ".join(found) + "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -57,10 +58,16 @@ class Sampled:
     stats: dict[str, Any] | None
 
 
-def noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """A run's start (b c h w) or (b c frames h w), of variance 1: drawn on the CPU and a picture at a time, so that a
-    seed gives the same picture on every device, alone and in a batch."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+class Noise:
+    """Noise of variance 1 (b c h w) or (b c frames h w), a run's start and then what some samplers add: drawn on the
+    CPU, each picture's from its own seed, so that a seed gives the same picture on every device, alone and in a batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...]) -> None:
+        self._generators, self._shape = [torch.Generator().manual_seed(seed) for seed in seeds], shape
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self._shape, generator=generator) for generator in self._generators])
 
 
 def steps_left(steps: int, strength: float) -> int:
@@ -106,7 +113,8 @@ def sample(
         sigmas = sigmas[-1 - steps_left(settings.steps, strength) :]
     channels, *grid = model.latent_shape(settings.size)
     frames = () if settings.frames is None else (settings.frames,)
-    start = noise(seeds, (channels, *frames, *grid)).to(sigmas.device) * sigmas[0]
+    noise = Noise(seeds, (channels, *frames, *grid))
+    start = noise().to(sigmas.device) * sigmas[0]
     if image is not None:
         picture = model.latents(image).to(start)
         start = start + (picture[:, :, None] if frames else picture)
@@ -119,8 +127,13 @@ def sample(
     function = getattr(sampling, f"sample_{settings.sampler}")
     arguments: tuple[Any, ...] = (sigmas,)
     if settings.sampler in ("dpm_fast", "dpm_adaptive"):  # these two choose their own sigmas
-        steps = (settings.steps,) if settings.sampler == "dpm_fast" else ()
-        arguments = (levels[-2], levels[0], *steps)
+        left = len(levels) - 1
+        if left < 2:
+            raise ValueError(f"strength is {strength:g}; for {settings.sampler} it must leave two of the steps")
+        arguments = (levels[-2], levels[0], *((left,) if settings.sampler == "dpm_fast" else ()))
+    added = {}
+    if "noise_sampler" in inspect.signature(function).parameters:
+        added["noise_sampler"] = _added(settings.sampler, noise, seeds, start, sigmas)
     if isinstance(merging, MergeConfig):
         merging = partial(_merging, model.module, merging)
     with (
@@ -134,13 +147,24 @@ def sample(
             if on_step is not None:
                 on_step(int(info["i"]), session)
 
-        torch.manual_seed(seeds[0])  # of the noise that some samplers add
+        torch.manual_seed(seeds[0])  # whatever else draws
         started = time.perf_counter()
         denoiser = tome_sampler.CFGDenoiser(wrapped, session)
-        latents = function(denoiser, start, *arguments, extra_args=extra_args, callback=callback, disable=True)
+        latents = function(
+            denoiser, start, *arguments, extra_args=extra_args, callback=callback, disable=True, **added
+        )
         pictures = model.pictures(latents)
         seconds = time.perf_counter() - started
         return Sampled(pictures, seconds, sum(inside), None if session is None else session.stats.to_dict())
+
+
+def _added(sampler: str, noise: Noise, seeds: Sequence[int], start: Tensor, sigmas: Tensor) -> Callable[..., Tensor]:
+    """The noise that a sampler adds between two sigmas, where it would draw one for the whole batch."""
+    if "sde" in sampler:  # a Brownian path, of which it asks for parts that overlap
+        above = sigmas[sigmas > 0]
+        path: Callable[..., Tensor] = sampling.BrownianTreeNoiseSampler(start, above.min(), above.max(), seed=[*seeds])
+        return path
+    return lambda *_: noise().to(start)
 
 
 def _merging(module: nn.Module, config: MergeConfig, sigmas: list[float]) -> AbstractContextManager[MergeSession]:
