@@ -6,18 +6,22 @@ import json
 import re
 import struct
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tome_sampler.bench.memory import require_memory
+from tome_sampler.bench.memory import free_memory
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _PICKLED = (
     "is pickled: reading such a file can run code that somebody put into it. Get the model as safetensors, or, if you "
     "trust its maker, give --allow-pickle"
 )
+# what diffusers and transformers load where no variant is asked for: not model.fp16.safetensors, nor anything beside it
+_LOADED = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes, of what is cast when read
 # Guo et al. (2023) trained on a linear schedule, where Stable Diffusion has a scaled linear one
 _MOTION_SCHEDULE = {
     "beta_schedule": "linear",
@@ -61,7 +65,8 @@ def load_pipeline(
             diffusers `MotionAdapter`.
 
     Raises:
-        ValueError: there is nothing, it is of another kind, it is pickled, or memory does not suffice.
+        ValueError: there is nothing, it is of another kind, it is pickled, memory does not suffice, or a configuration
+            is given for what has its own.
         ImportError: there is no diffusers or no transformers.
     """
     try:
@@ -72,19 +77,23 @@ def load_pipeline(
     path = Path(source).expanduser()
     where = source if path.exists() else f"{source} is no file or folder here, and from the hub it"
     options: dict[str, Any] = {"torch_dtype": dtype}
+    on_hub = not path.exists() and _HUB_NAME.fullmatch(source) and path.suffix not in (".safetensors", *PICKLED)
     try:
         if path.is_file():
             kind = _kind_of_file(path, allow_pickle)
-            require_memory(path.stat().st_size, torch.device("cpu"), f"reading {path.name}")
+            need = max(_size_of([path], dtype), path.stat().st_size)  # all of it is held until it is cast
+            _require_memory(need, "cpu", f"reading {path.name}", dtype)
             if config is not None:
                 options |= {"config": config, "local_files_only": Path(config).is_dir()}
             pipe = getattr(diffusers, kind).from_single_file(str(path), **options)
+        elif config is not None and (path.is_dir() or on_hub):
+            raise ValueError(f"--model-config is {config!r}; it is for a single file, and {source} has its own")
         elif path.is_dir():
-            _check_folder(path, allow_pickle)
+            _check_folder(path, dtype, allow_pickle)
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 path, local_files_only=True, use_safetensors=None if allow_pickle else True, **options
             )
-        elif _HUB_NAME.fullmatch(source) and path.suffix not in (".safetensors", *PICKLED):
+        elif on_hub:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 source, use_safetensors=None if allow_pickle else True, **options
             )
@@ -97,7 +106,7 @@ def load_pipeline(
     if motion is not None:
         pipe = _moving(pipe, motion, dtype, allow_pickle)
     pipe.set_progress_bar_config(disable=True)
-    _check_device(pipe, device)
+    _check_device(pipe, device, dtype)
     return pipe.to(device)
 
 
@@ -109,8 +118,10 @@ def _moving(pipe: Any, motion: str, dtype: torch.dtype, allow_pickle: bool) -> A
         raise ValueError(f"--motion is for Stable Diffusion 1.x models, and this is a {type(pipe).__name__}")
     folder = Path(motion).expanduser()
     if folder.is_dir():
-        _check_weights(folder, allow_pickle)
-    elif folder.exists() or not _HUB_NAME.fullmatch(motion):
+        _check_weights({"": folder}, motion, dtype, allow_pickle)
+    elif folder.exists():
+        raise ValueError(f"{motion} is a file; motion modules are the folder or the hub name of a MotionAdapter")
+    elif not _HUB_NAME.fullmatch(motion):
         raise ValueError(f"there is no {motion}; motion modules are the folder or the hub name of a MotionAdapter")
     try:
         adapter = MotionAdapter.from_pretrained(
@@ -132,11 +143,19 @@ def _first_line(error: Exception) -> str:
     return textwrap.shorten(str(error).strip().partition("\n")[0], 300) or type(error).__name__
 
 
-def _check_device(pipe: Any, device: str) -> None:
+def _check_device(pipe: Any, device: str, dtype: torch.dtype) -> None:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     if not device.startswith("cpu"):
-        require_memory(need, torch.device(device), "the weights")
+        _require_memory(need, device, "the weights", dtype)
+
+
+def _require_memory(need: float, device: str, what: str, dtype: torch.dtype) -> None:
+    """Say beforehand what will not fit: less than `need` bytes and a tenth of them are free."""
+    free = free_memory(torch.device(device))
+    if free is not None and need * 1.1 > free:
+        less = "; --dtype bf16 takes half" if dtype == torch.float32 else ""
+        raise ValueError(f"{what} takes {need / 2**30:.1f} GB of memory, and {free / 2**30:.1f} GB are free{less}")
 
 
 def _kind_of_file(path: Path, allow_pickle: bool) -> str:
@@ -147,7 +166,7 @@ def _kind_of_file(path: Path, allow_pickle: bool) -> str:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         names = list(held.get("state_dict", held))
     else:
-        names = _names_in(path)
+        names = list(_header(path))
     for start, kind in _PIPELINES.items():
         if any(name.startswith(start) for name in names):
             wrong = next((what for key, what in _OTHERS.items() if "blocks" in key and _any(names, key)), None)
@@ -161,30 +180,52 @@ def _any(names: list[str], start: str) -> bool:
     return any(name.startswith(start) for name in names)
 
 
-def _names_in(path: Path) -> list[str]:
-    """The tensors' names in a safetensors file, from its header."""
+def _header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, by their names."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError
-            return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
-    except (ValueError, struct.error):
+            return {name: said for name, said in json.loads(file.read(length)).items() if name != "__metadata__"}
+    except (ValueError, AttributeError, struct.error):
         raise ValueError(f"{path.name} is no safetensors file, or is cut short") from None
 
 
-def _check_folder(path: Path, allow_pickle: bool) -> None:
+def _size_of(files: Sequence[Path], dtype: torch.dtype) -> float:
+    """Bytes that weights take once they are read as a dtype. Of pickled ones nobody knows what they are."""
+    size = 0.0
+    for file in files:
+        if file.suffix != ".safetensors":
+            size += file.stat().st_size
+            continue
+        for said in _header(file).values():
+            start, end = said["data_offsets"]
+            width = _FLOATS.get(said["dtype"])
+            size += (end - start) * (dtype.itemsize / width if width else 1)
+    return size
+
+
+def _check_folder(path: Path, dtype: torch.dtype, allow_pickle: bool) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{path} has no model_index.json: it is not the folder of a diffusers pipeline")
-    _check_weights(path, allow_pickle)
+    try:
+        said = json.loads(index.read_text())
+        parts = [name for name, value in said.items() if isinstance(value, list) and value[:1] != [None]]
+    except (ValueError, AttributeError):
+        raise ValueError(f"{index} is damaged: it does not hold what diffusers writes") from None
+    _check_weights({f"{name}/": path / name for name in parts}, path.name, dtype, allow_pickle)
 
 
-def _check_weights(path: Path, allow_pickle: bool) -> None:
-    files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *PICKLED)]
-    safe = {file.parent for file in files if file.suffix == ".safetensors"}
-    pickled = [file for file in files if file.suffix in PICKLED and file.parent not in safe]
-    if pickled and not allow_pickle:
-        raise ValueError(f"{pickled[0].relative_to(path)} {_PICKLED}")
-    size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors" or file in pickled)
-    require_memory(size, torch.device("cpu"), f"reading {path.name}")
+def _check_weights(folders: Mapping[str, Path], what: str, dtype: torch.dtype, allow_pickle: bool) -> None:
+    """Of the folders of a model's parts, that their weights can be read: those that will be, and nothing beside them.
+    A folder that somebody cloned holds the same weights several times over."""
+    read: list[Path] = []
+    for start, folder in folders.items():
+        found = [file for file in sorted(folder.glob("*")) if _LOADED.fullmatch(file.name)]
+        safe = [file for file in found if file.suffix == ".safetensors"]
+        if found and not safe and not allow_pickle:
+            raise ValueError(f"{start}{found[0].name} {_PICKLED}")
+        read += safe or found
+    _require_memory(_size_of(read, dtype), "cpu", f"reading {what}", dtype)
