@@ -129,10 +129,21 @@ def size_of(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def check_way(args: argparse.Namespace) -> None:
+    """Say that two ways to sample are asked for, as one would be lost.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if args.sampler is not None and args.scheduler is not None:
+        raise ValueError("--sampler and --scheduler are both given; the pipeline's own loop takes no sampler")
+
+
 def request_of(args: argparse.Namespace) -> Request:
     """What the command line asks for, a picture's settings under it."""
     from tome_sampler.generate.request import Request, read_png
 
+    check_way(args)
     given = None if args.from_png is None else read_png(args.from_png)
     request = given or Request(tuple(args.prompt))
     names = (
@@ -154,14 +165,21 @@ def request_of(args: argparse.Namespace) -> Request:
         values["prompts"] = tuple(args.prompt)
     if args.size is not None:
         values["size"] = size_of(args.size)
-    if args.sampler is not None and args.scheduler is None:
+    if args.sampler is not None:
         values["scheduler"] = None
+    if args.scheduler is not None:
+        values["sampler"] = None
+    if args.model is not None and args.model_config is None and not Path(args.model).expanduser().is_file():
+        values["model_config"] = None  # the picture's, of a single file
     if args.plain and (args.compare or args.preset or args.profile or args.set):
         raise ValueError("--plain merges nothing; it goes with neither --compare nor settings of merging")
     merges = not args.plain and (given is None or given.merging is not None or args.compare)
     merges = merges or bool(args.preset or args.profile or args.set)
     values["merging"] = config_of(args, request.config).to_dict() if merges else None
-    return replace(request, **values)
+    request = replace(request, **values)
+    if args.strength is not None and request.image is None:
+        raise ValueError("--strength is of a run that starts from a picture; it goes with --image")
+    return request
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import math
+import os
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -15,6 +20,8 @@ from tome_sampler.config import MergeConfig
 
 KEY = "tome_sampler"
 """The name of the text chunk of a PNG that holds the request."""
+_LAST_SEED = 2**63 - 1  # that torch's generators take
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # of damaged files, by Pillow
 _FRAME = 125  # milliseconds: AnimateDiff's clips have eight frames a second
 
 
@@ -27,6 +34,9 @@ class Request:
     pixels. scheduler: None: `sampler`, of k-diffusion; else the pipeline's own loop, with a scheduler of this name ("":
     its own one). merging: ``MergeConfig.to_dict``, or None: plain. image: a picture's path to start from, and strength,
     how much of it may change, 0 .. 1. What is None is as the model usually has it.
+
+    Raises:
+        ValueError: there is no prompt, or a number is out of range.
     """
 
     prompts: tuple[str, ...]
@@ -55,6 +65,13 @@ class Request:
             raise ValueError("there is no prompt: say what to draw, or give --from-png")
         if self.count < 1:
             raise ValueError(f"count is {self.count}; it must be at least 1")
+        most = _LAST_SEED + 1 - self.count * len(self.prompts)
+        if not 0 <= self.seed <= most:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to {most}, as each next picture has the next")
+        if self.cond_scale is not None and not math.isfinite(self.cond_scale):
+            raise ValueError(f"cond_scale is {self.cond_scale}; it must be a finite number")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength:g}; it must be from 0 to 1")
 
     @property
     def config(self) -> MergeConfig | None:
@@ -66,6 +83,13 @@ class Request:
         plain = None if merging is None else merging.to_dict()
         return replace(self, prompts=(prompt,), seed=seed, count=1, merging=plain)
 
+    def from_anywhere(self) -> Request:
+        """The request with whole paths of the files and folders that it names, as another folder would need them."""
+        names = {name: getattr(self, name) for name in ("model", "model_config", "motion", "image")}
+        here = {name: Path(text).expanduser() for name, text in names.items() if text not in (None, "embedded")}
+        whole: dict[str, Any] = {name: os.path.abspath(path) for name, path in here.items() if path.exists()}
+        return replace(self, **whole)
+
     def to_text(self) -> str:
         """JSON; :meth:`from_data` takes it back, parsed."""
         return json.dumps(asdict(self))
@@ -75,15 +99,39 @@ class Request:
         """The request that :meth:`to_text` wrote.
 
         Raises:
-            ValueError: a field is unknown, missing or out of range.
+            ValueError: a field is unknown, missing, of another type or out of range.
         """
-        known = {field.name for field in fields(cls)}
-        for name in data:
-            if name not in known:
+        kinds = get_type_hints(cls)
+        for name, value in data.items():
+            if name not in kinds:
                 raise ValueError(f"the picture's settings have a field {name!r} that is unknown here")
+            if not _is(value, kinds[name]):
+                said, kind = textwrap.shorten(repr(value), 60), cls.__annotations__[name]
+                raise ValueError(f"the picture's settings say that {name} is {said}; it must be {kind}")
         if "prompts" not in data:
             raise ValueError("the picture's settings have no prompts")
-        return cls(**data)
+        found = cls(**data)
+        try:
+            found.config  # noqa: B018  (which says what is wrong with it)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the picture's settings of merging cannot be read: {error}") from None
+        return found
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value that JSON gave is of a field's type."""
+    if isinstance(kind, UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        items = [one for one in get_args(kind) if one is not Ellipsis]
+        if not isinstance(value, (list, tuple)) or (len(items) > 1 and len(items) != len(value)):
+            return False
+        return all(_is(item, items[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def write_png(frames: Sequence[Image.Image], path: Path, request: Request) -> None:
@@ -96,22 +144,33 @@ def write_png(frames: Sequence[Image.Image], path: Path, request: Request) -> No
     frames[0].save(path, pnginfo=info, **moves)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file; what cannot be read of it, then and within, is said in a line.
+
+    Raises:
+        ValueError: it is missing, or no picture that can be read.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+
+
 def read_png(path: Path) -> Request:
     """The request that a picture carries.
 
     Raises:
         ValueError: the file is missing, is no picture, or carries none.
     """
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(KEY)
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
-    except OSError as error:
-        raise ValueError(f"{path} is no picture: {error}") from None
+    with opened(path) as image:
+        text = image.info.get(KEY)
     try:
         data = json.loads(text) if isinstance(text, str) else None
-    except json.JSONDecodeError:
+    except ValueError:
         data = None
     if not isinstance(data, dict):
         raise ValueError(f"{path} carries no settings of tome-sampler generate")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,9 +22,9 @@ from tqdm import tqdm
 import tome_sampler
 from tome_sampler.config import MergeConfig
 from tome_sampler.demo.report import fidelity
-from tome_sampler.generate.request import Request, write_png
+from tome_sampler.generate.request import Request, opened, write_png
 from tome_sampler.models import Model, open_model
-from tome_sampler.models.own_loop import sample_in_pipeline
+from tome_sampler.models.own_loop import calls_of, sample_in_pipeline
 from tome_sampler.models.pipeline import PipelineModel
 from tome_sampler.models.run import Sampled, Settings, sample, steps_left
 from tome_sampler.overlay import to_bytes
@@ -30,6 +32,7 @@ from tome_sampler.overlay import to_bytes
 _MARGIN, _LINE = 8, 20
 _INK, _PAPER = (30, 30, 34), (250, 250, 248)
 _SMALLEST = 256  # pixels of a picture's side on a sheet
+_NUMBERED = re.compile(r"(\d{4,})-(seed|report)")  # what is written here
 
 
 def generate(
@@ -45,14 +48,15 @@ def generate(
     """Draw what is asked for into the folder `out`; returns the text to show.
 
     Writes NNNN-seedS.png for each picture, an animated one for each clip, with `compare` NNNN-seedS-plain.png and
-    NNNN-seedS-compare.png too, and report.json. Numbers go on from those in the folder: nothing is overwritten.
+    NNNN-seedS-compare.png too, and NNNN-report.json, with the number of the first one; it says what is there, however
+    the run ends. Numbers go on from those in the folder: nothing is overwritten.
 
     Raises:
         ValueError: something that is asked for cannot be had; memory does not suffice.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
-    with _memory_said():
+    with memory_said("--size, --batch or --frames"):
         model = open_model(
             request.model,
             device=device,
@@ -61,18 +65,18 @@ def generate(
             allow_pickle=allow_pickle,
             motion=request.motion,
         )
-        request, settings = with_defaults(request, model)
+        request, settings = with_defaults(request.from_anywhere(), model)
         prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
         model.condition(prompts[:1], settings.size)  # a prompt that cannot be drawn is told before anything is sampled
         if request.scheduler is None:
             model.denoiser()
+        steps = _steps(model, request, settings)
         image = None if request.image is None else read_image(Path(request.image), settings.size)
         ways: list[MergeConfig | None] = [None, request.config] if compare else [request.config]
-        out.mkdir(parents=True, exist_ok=True)
-        first = 1 + max((int(p.name[:4]) for p in out.glob("[0-9][0-9][0-9][0-9]-*.png")), default=-1)
+        make_folder(out)
+        first = 1 + max((int(found[1]) for p in out.iterdir() if (found := _NUMBERED.match(p.name))), default=-1)
         rows: list[dict[str, Any]] = []
         batches = [range(start, min(start + batch, len(prompts))) for start in range(0, len(prompts), batch)]
-        steps = settings.steps if image is None else steps_left(settings.steps, request.strength)
         with tqdm(total=steps * len(ways) * len(batches), desc="sampling", unit="step", disable=not progress) as bar:
             for numbers in batches:
                 asked = [request.one(prompts[i], request.seed + i, request.config) for i in numbers]
@@ -80,12 +84,7 @@ def generate(
                 for place, number in enumerate(numbers):
                     drawn = list(zip(ways, runs, strict=True))
                     rows.append(_write(asked[place], drawn, place, out, first + number))
-    report = {
-        "request": asdict(request),
-        "pictures": rows,
-        "versions": {"tome_sampler": tome_sampler.__version__, "torch": torch.__version__},
-    }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+                    _report(request, rows, out / f"{first:04d}-report.json")
     return "\n".join(_line(row) for row in rows) + f"\nin {out}"
 
 
@@ -112,22 +111,34 @@ def with_defaults(request: Request, model: Model) -> tuple[Request, Settings]:
         frames=frames,
     )
     model.latent_shape(settings.size)  # which says what is wrong with a size
-    return replace(request, **asdict(settings)), settings
+    used = asdict(settings)
+    if request.scheduler is not None:
+        used["sampler"] = None  # the pipeline's own loop has none
+    return replace(request, **used), settings
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder, before there is anything to lose.
+
+    Raises:
+        ValueError: it cannot be made or written into.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {out}; it cannot be made: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out is {out}; it cannot be written into")
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture file as (1 3 height width) in [-1, 1], scaled and cut to a size (height, width).
 
     Raises:
-        ValueError: it is missing, or no picture.
+        ValueError: it is missing, or no picture that can be read.
     """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
-    except OSError as error:
-        raise ValueError(f"{path} is no picture: {error}") from None
+    with opened(path) as file:
+        image = file.convert("RGB")
     height, width = size
     scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
@@ -139,6 +150,18 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
 def to_images(picture: Tensor) -> list[Image.Image]:
     """A picture (3 h w) in [-1, 1] as an image, a clip (frames 3 h w) as one for each frame."""
     return [Image.fromarray(to_bytes(frame).numpy()) for frame in (picture if picture.ndim == 4 else [picture])]
+
+
+def _steps(model: Model, request: Request, settings: Settings) -> int:
+    """Of a run, those that it tells of.
+
+    Raises:
+        ValueError: there are none, or the pipeline cannot run them.
+    """
+    strength = None if request.image is None else request.strength
+    if request.scheduler is not None and isinstance(model, PipelineModel):
+        return calls_of(model, settings.steps, request.scheduler, strength)
+    return settings.steps if strength is None else steps_left(settings.steps, strength)
 
 
 def _sample(
@@ -165,7 +188,7 @@ def _sample(
 def _write(
     asked: Request, runs: list[tuple[MergeConfig | None, Sampled]], place: int, out: Path, number: int
 ) -> dict[str, Any]:
-    """Save one picture of each way to sample it; what report.json says of it."""
+    """Save one picture of each way to sample it; what the report says of it."""
     stem = f"{number:04d}-seed{asked.seed}"
     row: dict[str, Any] = {"prompt": asked.prompts[0], "seed": asked.seed}
     for way, sampled in runs:
@@ -195,6 +218,18 @@ def _write(
     return row
 
 
+def _report(request: Request, rows: list[dict[str, Any]], path: Path) -> None:
+    """Save what was drawn so far, whole: a reader finds the old report or the new one."""
+    report = {
+        "request": asdict(request),
+        "pictures": rows,
+        "versions": {"tome_sampler": tome_sampler.__version__, "torch": torch.__version__},
+    }
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    part.replace(path)
+
+
 def side_by_side(panels: Sequence[Image.Image], titles: tuple[str, ...], above: str) -> Image.Image:
     """Pictures in a row, a title under each and a line above all."""
     scale = max(-(-_SMALLEST // max(panels[0].size)), 1)
@@ -222,14 +257,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _memory_said() -> Iterator[None]:
-    """Memory that ran out, in one line."""
+def memory_said(less: str) -> Iterator[None]:
+    """Memory that ran out, in one line. less: the options of which less takes less."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        raise ValueError(
-            "there is too little memory for this: take a smaller --size, --batch or --frames, or --dtype bf16"
-        ) from error
+        raise ValueError(f"there is too little memory for this: take a smaller {less}, or --dtype bf16") from error

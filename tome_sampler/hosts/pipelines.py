@@ -101,7 +101,8 @@ class PipelineCalls:
         said = _said_layout(pipe)
         if said not in self._checked:  # compared once a run: the host waits for the device there
             channels = min(_config(root, "out_channels") or x.shape[1], x.shape[1])
-            self._checked[said] = _seen_layout(pipe, said, x[:, :channels])
+            edits = (_config(root, "in_channels") or 0) > (_config(root, "out_channels") or math.inf)
+            self._checked[said] = _seen_layout(pipe, said, x[:, :channels], edits)
             if said is not None and self._checked[said] is None:
                 self._session.note(
                     f"{type(pipe).__name__} says that its batch is {', '.join(said)}, and it is not: each row counts "
@@ -137,12 +138,14 @@ def _said_layout(pipe: Any) -> tuple[str, ...] | None:
     return ("uncond", "cond", *perturbed) if guided else ("cond", *perturbed)
 
 
-def _seen_layout(pipe: Any, said: tuple[str, ...] | None, latents: Tensor) -> tuple[str, ...] | None:
-    """The layout that the latents bear out: guidance repeats them, once for each branch."""
+def _seen_layout(pipe: Any, said: tuple[str, ...] | None, latents: Tensor, edits: bool) -> tuple[str, ...] | None:
+    """The layout that the latents bear out: guidance repeats them, once for each branch. Pictures may repeat them too,
+    so three branches are looked for only where there is a third: perturbed guidance, and a denoiser that edits, which
+    is given a picture beside the latents."""
     if said is not None:
         return said if _repeats(latents, len(said)) else None
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
-    if _repeats(latents, 3):
+    if (perturbed or edits) and _repeats(latents, 3):
         return ("uncond", "cond", "cond") if perturbed else ("cond", "uncond", "uncond")
     if _repeats(latents, 2):
         return ("cond", "cond") if perturbed else ("uncond", "cond")

@@ -19,11 +19,21 @@ from tome_sampler.pairing import Pairing
 _DPI = 90
 
 
-def _figure(width: float, height: float) -> Any:
+def require_matplotlib() -> None:
+    """Say that it is missing, before there is anything to draw.
+
+    Raises:
+        ImportError: so it is.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ImportError("inspect draws with matplotlib: pip install 'tome-sampler[inspect]'") from None
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

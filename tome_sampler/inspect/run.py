@@ -16,11 +16,12 @@ from tqdm import tqdm
 import tome_sampler
 from tome_sampler.config import MergeConfig
 from tome_sampler.demo.report import fidelity
+from tome_sampler.generate.run import make_folder
 from tome_sampler.inspect import plots
 from tome_sampler.inspect.probe import BINS, Probe, Watched, probing
 from tome_sampler.inspect.tune import Proposal, propose
 from tome_sampler.models import Model
-from tome_sampler.models.own_loop import sample_in_pipeline
+from tome_sampler.models.own_loop import calls_of, sample_in_pipeline
 from tome_sampler.models.pipeline import PipelineModel
 from tome_sampler.models.run import Sampled, Settings, sample
 from tome_sampler.pairing import Pairing
@@ -54,8 +55,12 @@ def inspect(
             them, and write profile.json too.
 
     Raises:
-        ValueError: nothing of the model is merged with this configuration.
+        ValueError: nothing of the model is merged with this configuration, or the folder cannot be written into.
     """
+    steps = settings.steps
+    if scheduler is not None and isinstance(model, PipelineModel):
+        steps = calls_of(model, steps, scheduler)
+    make_folder(out)  # before there are figures that could not be saved
     calls: list[Watched] = []
 
     @contextmanager
@@ -67,7 +72,7 @@ def inspect(
 
     notes: list[str] = []
     runs = 2 + (tune is not None)
-    with tqdm(total=runs * settings.steps, desc="sampling", unit="step", disable=not progress) as bar:
+    with tqdm(total=runs * steps, desc="sampling", unit="step", disable=not progress) as bar:
 
         def run(merging: Any, look: Callable[[int, MergeSession | None], None] | None = None) -> Sampled:
             def on_step(step: int, session: MergeSession | None) -> None:
@@ -85,12 +90,11 @@ def inspect(
             why = "; ".join(notes) or "no layer is on a merged level"
             raise ValueError(f"nothing of {model.name} is merged with these settings: {why}")
         maps: Seen = []
-        merged = run(config, lambda step, session: _look(step, session, settings.steps, maps))
+        merged = run(config, lambda step, session: _look(step, session, steps, maps))
         found = tuned = None
         if tune is not None:
             found = propose(calls, config, *tune)
             tuned = run(found.config)
-    out.mkdir(parents=True, exist_ok=True)
     picture, stats = plain.pictures[0], merged.stats or {}
     data = {
         "model": model.name,
@@ -104,20 +108,21 @@ def inspect(
         "merged": _outcome(merged, picture) | {"stats": stats},
         "versions": {"tome_sampler": tome_sampler.__version__, "torch": torch.__version__},
     }
+    lines = [_outcome_line("these settings", merged, picture)]
+    if found is not None and tuned is not None:
+        outcome = _outcome(tuned, picture)
+        data["tuned"] = found.to_dict() | outcome
+        measured = {"prompt": prompt, "seed": seed, "settings": asdict(settings), **outcome}
+        write_profile(out / "profile.json", found.config, model=model.name, measured=measured)
+        lines += [_outcome_line("proposed", tuned, picture), _proposal_line(found), f"profile: {out / 'profile.json'}"]
+    (out / "inspect.json").write_text(json.dumps(data) + "\n")  # the figures before the pictures of them
     plots.similarities(calls, config.threshold, out / "similarity.png")
     plots.distances(calls, out / "jaccard.png")
     plots.tokens(stats, out / "tokens.png")
     drawn = merged.pictures[0]
     plots.maps(drawn if settings.frames is None else drawn[0], maps, out / "maps.png")
-    lines = [_outcome_line("these settings", merged, picture)]
-    if found is not None and tuned is not None:
-        data["tuned"] = found.to_dict() | _outcome(tuned, picture)
+    if found is not None:
         plots.proposal(found, out / "tune.png")
-        outcome = _outcome(tuned, picture)
-        measured = {"prompt": prompt, "seed": seed, "settings": asdict(settings), **outcome}
-        write_profile(out / "profile.json", found.config, model=model.name, measured=measured)
-        lines += [_outcome_line("proposed", tuned, picture), _proposal_line(found), f"profile: {out / 'profile.json'}"]
-    (out / "inspect.json").write_text(json.dumps(data) + "\n")
     return "\n".join([_summary(calls), *lines, f"in {out}"])
 
 

@@ -28,6 +28,18 @@ class Proposal:
         return {**asdict(self), "config": self.config.to_dict()}
 
 
+def check_aims(config: MergeConfig, share: float, loss: float) -> None:
+    """Say what is wrong with a share and a loss to tune to, before anything is run for it.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if not 0 < share <= config.ratio:
+        raise ValueError(f"the share to merge is {share:g}; it must be above 0 and at most the ratio, {config.ratio:g}")
+    if not 0 <= loss <= 2:
+        raise ValueError(f"the similarity that may be lost is {loss:g}; it must be from 0 to 2")
+
+
 def propose(calls: Sequence[Watched], config: MergeConfig, share: float, loss: float) -> Proposal:
     """The highest threshold (of hundredths) that merges at least `share` of the tokens, over all layers and the calls
     that a threshold holds in, and the longest-lived pairs that lose at most `loss` of similarity.
@@ -36,12 +48,11 @@ def propose(calls: Sequence[Watched], config: MergeConfig, share: float, loss: f
         share: 0 .. the configuration's ratio. loss: of cosine similarity, 0 .. 2.
 
     Raises:
-        ValueError: nothing was seen, or the share is out of range.
+        ValueError: nothing was seen, or the share or the loss is out of range.
     """
     if not any(call.layers for call in calls):
         raise ValueError("nothing was merged in this run, so there is nothing to tune")
-    if not 0 < share <= config.ratio:
-        raise ValueError(f"the share to merge is {share:g}; it must be above 0 and at most the ratio, {config.ratio:g}")
+    check_aims(config, share, loss)
     later = [call for call in calls if not config.is_early(call.sigma)] or calls
     thresholds = [(t / 100, merged_share(later, config, t / 100)) for t in range(100)]
     enough = [t for t, merged in thresholds if merged >= share - 1e-9]

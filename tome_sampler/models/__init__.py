@@ -100,7 +100,7 @@ def open_model(
         if dtype != "fp32":
             raise ValueError(f"dtype is {dtype!r}; the embedded model runs in 'fp32'")
         if config is not None:
-            raise ValueError(f"--model-config is {config!r}; it is for a single file, and the embedded model has its own")
+            raise ValueError(f"--model-config is {config!r}; it is for a single file, and not for the embedded model")
         if motion is not None:
             raise ValueError(f"motion is {motion!r}; the embedded model draws single pictures")
         from tome_sampler.models.embedded import EmbeddedModel

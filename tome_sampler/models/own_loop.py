@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,26 @@ from tome_sampler.config import MergeConfig
 from tome_sampler.models.pipeline import PipelineModel
 from tome_sampler.models.run import Sampled, Settings
 from tome_sampler.session import MergeSession
+
+_DISTILLED = ("LCMScheduler", "TCDScheduler")  # diffusers says of these that nothing goes with them, and all do
+
+
+def calls_of(model: PipelineModel, steps: int, scheduler: str = "", strength: float | None = None) -> int:
+    """How often a run of so many steps calls the denoiser: schedulers of the second order do it twice a step. Whatever
+    would keep the run from starting is said here.
+
+    Args:
+        scheduler: as below. strength: of a run that starts from a picture.
+
+    Raises:
+        ValueError: as below, or the strength leaves no step.
+    """
+    pipe = model.pipe if strength is None else _from_picture(model.pipe)
+    with _scheduler(pipe, scheduler):
+        made = copy.deepcopy(pipe.scheduler)
+    made.set_timesteps(steps)
+    skipped = 0 if strength is None else steps - _left(steps, strength)
+    return len(made.timesteps) - skipped * int(made.order)
 
 
 def sample_in_pipeline(
@@ -38,25 +59,23 @@ def sample_in_pipeline(
         scheduler: the name of a class of diffusers, such as "DDIMScheduler"; empty: the pipeline's own.
 
     Raises:
-        ValueError: diffusers has no such scheduler, or the pipeline cannot start from a picture.
+        ValueError: the scheduler is none of this model's, or the pipeline cannot start from a picture, or not with so
+            little strength.
     """
-    import diffusers
-
     model.latent_shape(settings.size)  # which says what is wrong with a size
     pipe, options = model.pipe, {}
     if image is not None:
-        try:
-            pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-        except ValueError:
-            raise ValueError(f"diffusers has no {type(pipe).__name__} that starts from a picture") from None
-        pipe.set_progress_bar_config(disable=True)
+        _left(settings.steps, strength)  # which says what is wrong with it
+        pipe = _from_picture(pipe)
         options = {"image": (image + 1) / 2, "strength": strength}
     else:
         options = {"height": settings.size[0], "width": settings.size[1]}
     if settings.frames is not None:
         options |= {"num_frames": settings.frames}
+    unsaid = None if not negative else [negative] * len(prompts)  # SDXL's is zeros, and no encoded ""
     if "PixArt" in type(pipe).__name__:
         options |= {"use_resolution_binning": False, "clean_caption": False}  # the size and the prompt as they are
+        unsaid = [negative] * len(prompts)
     if isinstance(merging, MergeConfig):
         merging = partial(tome_sampler.merging, pipe, merging)
     calls = [0]
@@ -76,7 +95,7 @@ def sample_in_pipeline(
         started = time.perf_counter()
         drawn = pipe(
             prompt=list(prompts),
-            negative_prompt=[negative] * len(prompts),
+            negative_prompt=unsaid,
             num_inference_steps=settings.steps,
             guidance_scale=settings.cond_scale,
             generator=generators,
@@ -88,18 +107,47 @@ def sample_in_pipeline(
         return Sampled(pictures, seconds, seconds, None if session is None else session.stats.to_dict())
 
 
+def _left(steps: int, strength: float) -> int:
+    """Of a run that starts from a picture, the steps that are run. Pipelines round down, where
+    :func:`tome_sampler.models.run.steps_left` rounds."""
+    left = int(steps * strength) if 0 <= strength <= 1 else 0
+    if left < 1:
+        raise ValueError(f"strength is {strength:g}; it must be at most 1 and leave one of {steps} steps, rounded down")
+    return left
+
+
+def _from_picture(pipe: Any) -> Any:
+    """The pipeline of the same parts that starts from a picture."""
+    import diffusers
+
+    try:
+        made = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError:
+        raise ValueError(f"diffusers has no {type(pipe).__name__} that starts from a picture") from None
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _schedulers(own: Any) -> dict[str, Any]:
+    """The classes that can take a scheduler's place, by their names."""
+    import diffusers
+
+    distilled = [getattr(diffusers, name) for name in _DISTILLED]
+    found = (diffusers.DDIMScheduler if type(own) in distilled else type(own))._get_compatibles()
+    if len(found) > 1:  # one of the usual noise levels
+        found += distilled
+    return {kind.__name__: kind for kind in (type(own), *found)}
+
+
 @contextmanager
 def _scheduler(pipe: Any, name: str) -> Iterator[None]:
     """Within it, a pipeline has another scheduler, of the same noise levels."""
-    import diffusers
-
     own = pipe.scheduler
     if name:
-        kind = getattr(diffusers, name, None)
-        if kind is None or not name.endswith("Scheduler"):
-            known = [kind.__name__ for kind in own.compatibles]
+        known = _schedulers(own)
+        if name not in known:
             raise ValueError(f"scheduler is {name!r}; this model has {', '.join(sorted(known))}")
-        pipe.scheduler = kind.from_config(own.config)
+        pipe.scheduler = known[name].from_config(own.config)
     try:
         yield
     finally:

@@ -18,6 +18,20 @@ from tome_sampler.models import Model, Usual
 _NEVER_CLEAN = 1e-8
 _FRAMES = 16  # of the clips that AnimateDiff's motion modules were trained on (Guo et al. 2023)
 _LATENT_SIDE = 64  # Stable Diffusion 1.x's, which a U-Net with motion modules does not write down
+_KINDS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "AnimateDiffPipeline",
+)
+_FROM_PICTURES = (  # of the same parts as one that starts from none
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
+_NUMBERS = 6  # that SDXL is told of a picture: its size, where it was cut, the size to draw
 _COND_SCALE = {"StableDiffusionXLPipeline": 5.0, "PixArtAlphaPipeline": 4.5, "PixArtSigmaPipeline": 4.5}
 
 
@@ -25,7 +39,8 @@ class PipelineModel(Model):
     """A pipeline of Stable Diffusion 1.x, 2.x, SDXL, PixArt or AnimateDiff.
 
     Attributes:
-        pipe: the pipeline. A k-diffusion sampler uses its text encoders, VAE and noise levels, and not its loop.
+        pipe: the pipeline; for one that starts from a picture, that of the same parts which starts from none. A
+            k-diffusion sampler uses its text encoders, VAE and noise levels, and not its loop.
 
     Raises:
         ValueError: it is a pipeline of another kind.
@@ -41,10 +56,14 @@ class PipelineModel(Model):
         require_known(pipe, denoiser)
         config: Any = denoiser.config
         moves = type(denoiser).__name__ == "UNetMotionModel"
-        if moves and kind != "AnimateDiffPipeline":
-            raise ValueError(f"{name} is a {kind}; of those that draw clips an AnimateDiffPipeline is known here")
         if config.in_channels != pipe.vae.config.latent_channels:
             raise ValueError(f"{name} is for inpainting or editing: it takes more channels than a latent has")
+        _check_refiner(pipe, config, name)
+        if kind in _FROM_PICTURES:
+            pipe = _of_prompts(pipe)
+            kind = type(pipe).__name__
+        if kind not in _KINDS:
+            raise ValueError(f"{name} is a {kind}; known here are {', '.join(_KINDS)}")
         self.name, self.pipe, self.module = name, pipe, denoiser
         self._is_pixart = type(denoiser).__name__ == "PixArtTransformer2DModel"
         self._scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
@@ -114,12 +133,16 @@ class PipelineModel(Model):
             found: Tensor = vae.encode(pictures.to(self._device(), vae.dtype)).latent_dist.mode()
         return found.sub(shift).mul(scale).float()
 
-    def _vae(self) -> tuple[Any, float, float]:
+    def _vae(self) -> tuple[Any, float | Tensor, float | Tensor]:
         """The VAE, and what latents are scaled and shifted by. In fp16 some overflow: these run in fp32."""
         vae = self.pipe.vae
         if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
             vae.to(torch.float32)
-        return vae, vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        scale, mean, std = (vae.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return vae, scale, vae.config.get("shift_factor") or 0.0
+        mean, std = (torch.tensor(each, device=vae.device).view(1, -1, 1, 1) for each in (mean, std))
+        return vae, scale / std, mean  # each channel its own, as diffusers' SDXL pipeline has it
 
     def _sizes(self, size: tuple[int, int], rows: int) -> dict[str, Any]:
         """PixArt-alpha at 1024 pixels is told of the picture's size."""
@@ -132,6 +155,29 @@ class PipelineModel(Model):
 
     def _device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+
+def _check_refiner(pipe: Any, config: Any, name: str) -> None:
+    """SDXL's refiner has the parts of SDXL, and is told of five numbers of a picture: one for how good it should be."""
+    text = getattr(pipe, "text_encoder_2", None)
+    inputs = getattr(config, "projection_class_embeddings_input_dim", None)
+    if text is None or inputs is None:
+        return
+    numbers = (inputs - text.config.projection_dim) / config.addition_time_embed_dim
+    if numbers != _NUMBERS:
+        raise ValueError(
+            f"{name} is a refiner of SDXL, or of another kind: its U-Net is told of {numbers:g} numbers of a picture, "
+            f"and SDXL's of {_NUMBERS}"
+        )
+
+
+def _of_prompts(pipe: Any) -> Any:
+    """The pipeline of the same parts that starts from no picture."""
+    from diffusers import AutoPipelineForText2Image
+
+    made = AutoPipelineForText2Image.from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 class _Call(nn.Module):
