@@ -54,11 +54,12 @@ def run_after_guidance(params: Any) -> None:
 
 def image_saved(params: Any) -> None:
     """``on_image_saved``: the maps, which are of a batch's first picture, beside it."""
-    wanted = run.wanted and bool(settings.value("save_overlays", False)) and run.record.passes
+    wanted = run.owns(params.p) and bool(settings.value("save_overlays", False))
     path = Path(params.filename)
     if not wanted or getattr(params.p, "batch_index", 0) != 0 or path.name.startswith("grid-"):
         return
-    maps = run.record.passes[-1].maps
+    merged = [one for one in run.record.batch if not one.aside]
+    maps = merged[-1].maps if merged else []
     for kind in KINDS:
         image = drawn(maps[-1], params.image, kind) if maps else None
         if image is not None:
@@ -90,19 +91,20 @@ def finish(p: Any, processed: Any) -> None:
     run.end_pass()
     images = getattr(processed, "images", None) or []
     first = getattr(processed, "index_of_first_image", 0)
-    if run.wanted and len(images) > first:
+    if run.owns(p) and len(images) > first:
         run.record.keep_picture(images[first])
+    run.over(p)
 
 
 def guard(p: Any) -> None:
     """``setup``: clean up when `p` is closed too, because an exception in sampling skips all later hooks."""
     close = p.close
 
-    def close_and_abort() -> None:
-        run.abort()
+    def close_and_end() -> None:
+        run.over(p)
         close()
 
-    p.close = close_and_abort
+    p.close = close_and_end
 
 
 def _paste_field(component: Any, key: str, from_infotext: Any) -> Any:

@@ -103,7 +103,9 @@ class Field:
             return refresh_text(value)
         if self.kind == "choices":
             return "+".join(value)
-        return "off" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return repr(float(value)).removesuffix(".0")  # every digit, or another picture would come of it
+        return "off" if value is None else str(value)
 
     def _range(self) -> str:
         low = -1.0 if self.kind == "threshold" else self.low
@@ -177,4 +179,4 @@ BY_NAME = {field.name: field for field in FIELDS}
 MAIN = ("ratio", "early_ratio", "threshold", "importance", "refresh", "levels", "start", "end")
 """What the page shows at once, in that order; the others are in the Advanced fold."""
 HIRES = ("ratio", "stride", "threshold", "levels", "floor", "early_ratio")
-"""The fields that the hires override shows; a caller's dict may name any."""
+"""The fields that the hires override has controls for; the others share one, in words."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from tome_sampler.config import MergeConfig
 from tome_sampler.refresh import SigmaRatio
 
-from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, OFF, TITLE
-from .request import Request, default_args, preset_config, preset_name, read_args
+from .fields import CUSTOM, FIELDS, OFF, TITLE
+from .request import Request, default_args, hires_controls, preset_config, preset_name, read_args
 
 KEY = TITLE
 HIRES_KEY = "ToMe hires"
@@ -38,9 +39,16 @@ def written(request: Request, saved: Mapping[str, Mapping[str, Any]] | None = No
     return entries
 
 
-def stood_aside(reason: str) -> dict[str, str]:
-    """The entries of a run that was asked to merge and did not."""
-    return {KEY: f"{ASIDE}: {reason}"}
+def of_passes(entries: Mapping[str, str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """A request's entries, and which of the passes it reached stood aside: if all did, nothing but why.
+
+    Args:
+        reasons: of each pass by its name; empty for one that is merged.
+    """
+    if reasons and all(reasons.values()):
+        return {KEY: f"{ASIDE}: {'; '.join(dict.fromkeys(reasons.values()))}"}
+    notes = {f"ToMe {name.lower()}": f"{ASIDE}: {reason}" for name, reason in reasons.items() if reason}
+    return {**entries, **notes}
 
 
 def control_values(params: Mapping[str, Any]) -> list[Any]:
@@ -57,12 +65,7 @@ def control_values(params: Mapping[str, Any]) -> list[Any]:
         hires_name, hires = _told(params[HIRES_KEY], params, "ToMe hires ")
         if hires is not None and hires != preset_config(hires_name):
             hires_name = CUSTOM
-        shown = hires or MergeConfig()
-        values[2 + len(FIELDS) :] = [
-            True,
-            hires_name,
-            *(BY_NAME[f].shown(shown) for f in HIRES),
-        ]
+        values[2 + len(FIELDS) :] = [True, hires_name, *hires_controls(hires or MergeConfig(), config)]
     try:
         read_args(values)
     except ValueError:  # written by a newer version, or by hand
@@ -100,10 +103,18 @@ def _told(preset: str, params: Mapping[str, Any], prefix: str) -> tuple[str, Mer
     config = preset_config(name)
     if EDITION_KEY not in params and name in FIRST_EDITION:
         name, config = CUSTOM, FIRST_EDITION[name]
-    told = {f.name: params[key] for f in FIELDS if (key := prefix + f.name.replace("_", " ")) in params}
+    if config is None:
+        return name, None
+    told = {}
+    for field in FIELDS:
+        key = prefix + field.name.replace("_", " ")
+        if key in params:
+            with suppress(ValueError):  # written by a newer version, or by hand: the others still hold
+                told[field.name] = field.read(params[key])
     try:
-        if config is not None:
-            config = config.with_(**{field: BY_NAME[field].read(value) for field, value in told.items()})
-    except ValueError:
-        pass
-    return name, config
+        return name, config.with_(**told)
+    except ValueError:  # not without what was left out: as many of them as can be
+        for field_name, value in told.items():
+            with suppress(ValueError):
+                config = config.with_(**{field_name: value})
+        return name, config

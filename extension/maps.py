@@ -18,7 +18,8 @@ LONG_SIDE = 768
 
 
 def drawn(one: Map, picture: Image.Image | None, kind: str) -> Image.Image | None:
-    """A map over a run's picture (or over grey); None where there was no importance.
+    """A map over a run's picture (or over grey); None where there was no importance. While its pass is under way a
+    map lies on the device.
 
     Args:
         kind: "importance": bright where guidance changed most. "groups": what was merged into what.
@@ -30,10 +31,10 @@ def drawn(one: Map, picture: Image.Image | None, kind: str) -> Image.Image | Non
     if kind == "importance":
         if one.importance is None:
             return None
-        heat = _image(heat_map(one.importance)).resize(size, Image.BICUBIC)
+        heat = _image(heat_map(one.importance.float().cpu())).resize(size, Image.BICUBIC)
         return Image.blend(base, heat, 0.6)
     pixels = torch.from_numpy(np.asarray(base).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return _image(group_map(pixels, one.target.long(), one.grid, LONG_SIDE)).resize(size, Image.NEAREST)
+    return _image(group_map(pixels, one.target.cpu().long(), one.grid, LONG_SIDE)).resize(size, Image.NEAREST)
 
 
 def png(image: Image.Image) -> bytes:

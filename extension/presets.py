@@ -11,7 +11,7 @@ from typing import Any
 from tome_sampler.config import MergeConfig
 from tome_sampler.profiles import FORMAT as PROFILE
 
-from .fields import CUSTOM, OFF, PRESETS
+from .fields import CUSTOM, FIELDS, OFF, PRESETS
 
 MOST = 200
 LONGEST_NAME = 60
@@ -48,9 +48,13 @@ class Presets:
             return {}
 
     def save(self, name: str, config: MergeConfig) -> None:
-        """Add or replace one."""
+        """Add or replace one.
+
+        Raises:
+            ValueError: the name is taken by one that differs in case only, or a value is out of the controls' range.
+        """
         presets = self.all()
-        presets[_checked(name)] = config.to_dict()
+        presets[_unlike(_checked(name), presets)] = _in_range(config).to_dict()
         self._write(presets)
 
     def rename(self, old: str, new: str) -> None:
@@ -60,7 +64,8 @@ class Presets:
             raise ValueError(f"there is no preset {old!r} of your own")
         if _checked(new) in presets and new.strip() != old:
             raise ValueError(f"there is a preset {new.strip()!r} already")
-        presets[_checked(new)] = presets.pop(old)
+        renamed = presets.pop(old)
+        presets[_unlike(_checked(new), presets)] = renamed
         self._write(presets)
 
     def delete(self, name: str) -> None:
@@ -75,12 +80,19 @@ class Presets:
         """All of them, as JSON that :meth:`load` takes."""
         return json.dumps(self.all(), indent=2, sort_keys=True)
 
-    def load(self, text: str) -> list[str]:
+    def load(self, text: str) -> tuple[list[str], list[str]]:
         """Add what another one exported, or a profile of ``tome-sampler inspect --tune``, which is named after its
-        model; the names. Nothing is added if any of it is wrong."""
-        found = self._read(text, "the imported text")
-        self._write({**self.all(), **found})
-        return list(found)
+        model; the names that are new, and those that took the place of one. Nothing is added if any of it is wrong."""
+        source, before = "the imported text", self.all()
+        presets = dict(before)
+        found = self._read(text, source)
+        for name, fields in found.items():
+            try:
+                presets[_unlike(name, presets)] = _in_range(MergeConfig.from_dict(fields)).to_dict()
+            except ValueError as error:
+                raise ValueError(f"{source}: preset {name!r}: {error}") from None
+        self._write(presets)
+        return [name for name in found if name not in before], [name for name in found if name in before]
 
     def _read(self, text: str, source: str) -> dict[str, dict[str, Any]]:
         try:
@@ -118,3 +130,16 @@ def _checked(name: Any) -> str:
     if name.strip().lower() in taken:
         raise ValueError(f"name is {name!r}, which is one of the built-in presets; choose another")
     return name.strip()
+
+
+def _unlike(name: str, presets: Mapping[str, Any]) -> str:
+    """`name`, which only one of `presets` may have: callers may write names in any case."""
+    for other in presets if name not in presets else ():
+        if other.lower() == name.lower():
+            raise ValueError(f"name is {name!r}, which differs from the preset {other!r} in case only; choose another")
+    return name
+
+
+def _in_range(config: MergeConfig) -> MergeConfig:
+    """`config`, as the controls and infotexts can hold it: the library's own ranges are wider."""
+    return config.with_(**{field.name: field.read(getattr(config, field.name)) for field in FIELDS})

@@ -27,16 +27,22 @@ class Map:
 
 @dataclass
 class PassRecord:
-    """One sampling pass."""
+    """One sampling pass. aside: why it was left unmerged; empty: it was not."""
 
     hires: bool
     session: MergeSession
     config: dict[str, Any]
+    aside: str = ""
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     maps: list[Map] = field(default_factory=list)
     stats: dict[str, Any] | None = None
     _seen: int = 0
+
+    @property
+    def title(self) -> str:
+        """As people are told of it."""
+        return "Hires pass" if self.hires else "First pass"
 
     def look(self, session: MergeSession) -> None:
         """After a model call: keep the maps if new pairs were made. Nothing is read from the device."""
@@ -79,7 +85,6 @@ class RunRecord:
     """A run of the host, from the click to the picture."""
 
     preset: str = ""
-    aside: str = ""
     error: str = ""
     passes: list[PassRecord] = field(default_factory=list)
     picture: Image.Image | None = None
@@ -88,6 +93,26 @@ class RunRecord:
         """The run's first picture, to draw the maps over."""
         if isinstance(picture, Image.Image):
             self.picture = picture.copy()
+
+    def add(self, one: PassRecord) -> None:
+        """A pass starts. Forge asks twice before a hires pass, so one that made no model call gives way."""
+        last = self.passes[-1] if self.passes else None
+        if last is not None and last.hires == one.hires and last.stats is not None and not last.stats["steps"]:
+            self.passes.pop()
+        self.passes.append(one)
+
+    @property
+    def batch(self) -> list[PassRecord]:
+        """The passes of the pictures that are being made, or were made last."""
+        first = max((n for n, one in enumerate(self.passes) if not one.hires), default=0)
+        return self.passes[first:]
+
+    @property
+    def aside(self) -> str:
+        """Why nothing was merged, if no pass was; else empty."""
+        if not all(one.aside for one in self.passes):
+            return ""
+        return "; ".join(dict.fromkeys(one.aside for one in self.passes))
 
     @property
     def summary(self) -> str:
@@ -99,6 +124,10 @@ class RunRecord:
         done = [p for p in self.passes if p.stats is not None]
         if not done:
             return "No run yet."
+        asides = dict.fromkeys(f"{one.title} stood aside: {one.aside}." for one in done if one.aside)
+        return " ".join([self._merged(done), *asides])
+
+    def _merged(self, done: list[PassRecord]) -> str:
         before = sum(p.stats["tokens_before"] for p in done if p.stats)
         after = sum(p.stats["tokens_after"] for p in done if p.stats)
         made = sum(p.stats["pairings_made"] for p in done if p.stats)
@@ -123,6 +152,7 @@ class RunRecord:
                     "hires": p.hires,
                     "seconds": round(p.seconds, 3),
                     "config": p.config,
+                    "stood_aside": p.aside or None,
                     "maps": len(p.maps),
                     "statistics": p.stats,
                 }

@@ -36,8 +36,8 @@ class Request:
         return self.config is not None or (not self.same and self.hires is not None)
 
     def with_fields(self, values: Mapping[str, Any]) -> Request:
-        """With some fields of the first pass, or its preset, replaced: what an axis of a grid does. It turns on what
-        was off.
+        """With some fields of the first pass, or its preset, replaced: what an axis of a grid does. Fields turn on
+        what was off, unless it is the axis that says Off: that is the grid's plain column.
 
         Raises:
             ValueError: a name or a value is not known.
@@ -45,7 +45,8 @@ class Request:
         preset = preset_name(values["preset"]) if "preset" in values else self.preset
         config = preset_config(preset) if "preset" in values else self.config
         rest = {name: value for name, value in values.items() if name != "preset"}
-        if rest:
+        if rest and not ("preset" in values and config is None):
+            preset = CUSTOM if config is None else preset
             config = _with(config or MergeConfig(), rest)
         return replace(self, preset=preset, config=config)
 
@@ -59,10 +60,13 @@ def preset_name(value: Any, saved: Mapping[str, Any] | None = None) -> str:
     Raises:
         ValueError: there is none such.
     """
-    known = {name.lower(): name for name in (OFF, *PRESETS, CUSTOM, *(saved or {}))}
+    names = (OFF, *PRESETS, CUSTOM, *(saved or {}))
+    known = {name.lower(): name for name in names}
     known |= {library: name for name, library in PRESETS.items()} | {"default": "Balanced"}
     if not isinstance(value, str) or value.strip().lower() not in known:
-        raise ValueError(f"preset is {value!r}; it must be one of {', '.join(dict.fromkeys(known.values()))}")
+        raise ValueError(f"preset is {value!r}; it must be one of {', '.join(names)}")
+    if value.strip() in names:  # files of before that was refused may have two that differ in case
+        return value.strip()
     return known[value.strip().lower()]
 
 
@@ -110,9 +114,18 @@ def read_args(
         return Request(name if enabled else OFF, config)
     hires = preset_config(hires_name, saved)
     if hires is not None and hires_name == CUSTOM:
-        shown = {f: BY_NAME[f].read(value) for f, value in zip(HIRES, own[2:], strict=True)}
-        hires = _with(config or MergeConfig(), shown)
+        *shown, others = own[2:]
+        hires = _with(config or MergeConfig(), {**dict(zip(HIRES, shown, strict=True)), **_spelt(others)})
     return Request(name, config, False, hires_name, hires)
+
+
+def hires_controls(config: MergeConfig, first: MergeConfig | None) -> list[Any]:
+    """What the hires override's controls show of a configuration: the fields that have one, and in words whatever
+    else is not as in the first pass."""
+    shown = {name: BY_NAME[name].shown(config) for name in HIRES}
+    held = _with(first or MergeConfig(), shown)
+    others = [f"{f.name}={f.text(config)}" for f in FIELDS if getattr(config, f.name) != getattr(held, f.name)]
+    return [*shown.values(), ", ".join(others)]
 
 
 def read_dict(
@@ -147,7 +160,7 @@ def default_args(preset: str = DEFAULT) -> list[Any]:
     """The page's controls in order, as they come: enabled, preset, the table's fields, then the hires override."""
     config = preset_config(preset) or MergeConfig()
     hires = [BY_NAME[name].shown(MergeConfig.preset("fast")) for name in HIRES]
-    return [False, preset, *(field.shown(config) for field in FIELDS), False, "Fast", *hires]
+    return [False, preset, *(field.shown(config) for field in FIELDS), False, "Fast", *hires, ""]
 
 
 def schema() -> dict[str, Any]:
@@ -211,6 +224,19 @@ def _with(config: MergeConfig, values: Mapping[str, Any]) -> MergeConfig:
             raise ValueError(f"there is no field {name!r}; there are {', '.join(BY_NAME)}")
     read = {name: BY_NAME[name].read(value) for name, value in values.items()}
     return config.with_(**read)
+
+
+def _spelt(text: Any) -> dict[str, str]:
+    """ "refresh=always, start=0.1" as fields and their values, still as text."""
+    if not isinstance(text, str):
+        raise ValueError(f"hires_others is {text!r}; it must be text like 'refresh=always, start=0.1'")
+    values = {}
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (part.strip() for part in piece.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"hires_others has {piece!r}; it must be field=value")
+        values[name] = value
+    return values
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -29,6 +29,8 @@ class Run:
     def __init__(self) -> None:
         self.record = RunRecord()
         self._request: Request = DISABLED
+        self._entries: dict[str, str] = {}  # of the infotext
+        self._p: Any = None  # the processing under way, if it was asked to merge
         self._at_work: A1111Pass | ForgePass | None = None
         self._said: set[str] = set()
         self._keep_maps = True
@@ -43,6 +45,10 @@ class Run:
         """Whether the run under way was asked to merge."""
         return self._request.on
 
+    def owns(self, p: Any) -> bool:
+        """Whether `p` is the processing under way and was asked to merge: hosts save other pictures too."""
+        return p is not None and p is self._p
+
     def prepare(
         self, p: Any, args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None, default: str = DEFAULT
     ) -> None:
@@ -52,11 +58,9 @@ class Run:
         look like a merged one.
         """
         self.abort()
-        self._request, self._said = DISABLED, set()
+        self._request, self._entries, self._p, self._said = DISABLED, {}, None, set()
         # a grid's cells share the dict, so what another cell wrote is taken out and the dict is not changed
-        p.extra_generation_params = {
-            k: v for k, v in p.extra_generation_params.items() if k != infotext.KEY and not k.startswith("ToMe ")
-        }
+        p.extra_generation_params = {k: v for k, v in p.extra_generation_params.items() if not _is_ours(k)}
         try:
             request = read_args(args, saved, default)
             axes = getattr(p, AXES, None)
@@ -67,8 +71,9 @@ class Run:
             return
         self._request = request
         if request.on:
-            self.record = RunRecord(preset=request.preset)
-            p.extra_generation_params.update(infotext.written(request, saved))
+            self.record, self._p = RunRecord(preset=request.preset), p
+            self._entries = infotext.written(request, saved)
+            p.extra_generation_params.update(self._entries)
 
     def begin_pass(
         self, p: Any, latent: torch.Tensor, obstacle: str | None, least: int = 0, keep_maps: bool = True
@@ -88,7 +93,7 @@ class Run:
         if obstacle is None:
             obstacle = _unable(latent.device)
         if obstacle is not None:
-            self._aside(p, obstacle)
+            self._aside(p, config, is_hires, obstacle)
             return
         if least:
             own = config.min_tokens
@@ -97,7 +102,7 @@ class Run:
             self._take_up(p, config, latent, is_hires)
             self._keep_maps = keep_maps
         except ValueError as error:  # nothing in the model matches
-            self._aside(p, str(error))
+            self._aside(p, config, is_hires, str(error))
         except Exception as error:
             self.failed(error)
 
@@ -111,12 +116,9 @@ class Run:
             if not any(name.rsplit(".", 1)[-1] == "attn1" for name, _ in unet.named_modules()):
                 raise ValueError(f"{type(unet).__name__} has no attention layers that could be merged")
             work = A1111Pass(config, self.failed)
-        passes = self.record.passes
-        if passes and passes[-1].hires == is_hires and passes[-1].stats is not None and not passes[-1].stats["steps"]:
-            passes.pop()  # Forge asks twice before a hires pass
         session = work.session or MergeSession(config)
         self._at_work = work
-        passes.append(PassRecord(is_hires, session, config.to_dict()))
+        self._add(p, PassRecord(is_hires, session, config.to_dict()))
 
     def before_call(self, params: Any, sd_model: Any) -> None:
         """``on_cfg_denoiser``."""
@@ -163,6 +165,12 @@ class Run:
         """Whatever an exception, an interrupt or a failed cell left at work."""
         self.end_pass()
 
+    def over(self, p: Any) -> None:
+        """``postprocess``, or `p` is closed: what the host does next is none of ours."""
+        self.end_pass()
+        if self.owns(p):
+            self._p = None
+
     def failed(self, error: Exception) -> None:
         """An error of ours: go on unmerged, and say so once."""
         text = f"{type(error).__name__}: {error}"
@@ -172,14 +180,27 @@ class Run:
             self.record.error = text
             log.warning("token merging failed, sampling goes on without it: %s", text, exc_info=error)
 
-    def _aside(self, p: Any, reason: str) -> None:
-        self.record.aside = reason
-        for key in [k for k in p.extra_generation_params if k.startswith("ToMe ")]:
-            del p.extra_generation_params[key]
-        p.extra_generation_params.update(infotext.stood_aside(reason))
+    def _aside(self, p: Any, config: MergeConfig, is_hires: bool, reason: str) -> None:
+        one = PassRecord(is_hires, MergeSession(config), config.to_dict(), aside=reason)
+        one.finish([])
+        self._add(p, one)
         if reason not in self._said:
             self._said.add(reason)
             log.warning("token merging stands aside: %s", reason)
+
+    def _add(self, p: Any, one: PassRecord) -> None:
+        """A pass starts, and the parameters say of this picture's passes what has become of them."""
+        self.record.add(one)
+        entries = infotext.of_passes(self._entries, {one.title: one.aside for one in self.record.batch})
+        told = {key: value for key, value in p.extra_generation_params.items() if _is_ours(key)}
+        if told != entries:
+            for key in told:
+                del p.extra_generation_params[key]
+            p.extra_generation_params.update(entries)
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith("ToMe ")
 
 
 def _unet_of(sd_model: Any) -> Any:

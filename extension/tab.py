@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -38,7 +39,7 @@ def tabs(run: Run, presets: Presets) -> list[tuple[Any, str, str]]:
         with gr.Tab("Last run", elem_id="tome_sampler_last"):
             _last_run(run)
         with gr.Tab("Measure", elem_id="tome_sampler_measure_tab"):
-            _measure(run, page)
+            _measure(run, presets, page)
         with gr.Tab("Presets", elem_id="tome_sampler_presets_tab"):
             _own_presets(presets, page)
         for tab in ("txt2img", "img2img"):  # the host writes its log line when a generation is over
@@ -73,7 +74,7 @@ def _last_run(run: Run) -> None:
         )
 
 
-def _measure(run: Run, page: dict[str, Any]) -> None:
+def _measure(run: Run, presets: Presets, page: dict[str, Any]) -> None:
     inputs = [(SETTINGS[name], page[name]) for name in SETTINGS if name in page]
     controls = _controls_of(page, "txt2img")
     if not inputs or len(controls) != len(default_args()):
@@ -92,7 +93,7 @@ def _measure(run: Run, page: dict[str, Any]) -> None:
         settings = dict(zip((name for name, _ in inputs), values[: len(inputs)], strict=True))
         chosen = [True, *values[len(inputs) + 1 :]]
         try:
-            read_args(chosen)
+            read_args(chosen, presets.saved())
             for found in measure(settings, chosen, int(count), lambda: run.record.summary):
                 yield measured_html(found) if isinstance(found, Measured) else progress_html(*found)
         except (ValueError, RuntimeError) as error:
@@ -129,12 +130,15 @@ def _own_presets(presets: Presets, page: dict[str, Any]) -> None:
         picked = gr.update(choices=names, value=chosen if chosen in names else None)
         return [f"<p>{html.escape(message)}</p>", picked, *(gr.update(choices=everywhere) for _ in accordions)]
 
-    def attempt(action: Any, message: str, chosen: str | None = None) -> list[Any]:
+    def attempt(action: Callable[[], None], message: str, chosen: str | None = None) -> list[Any]:
         try:
             action()
         except (ValueError, OSError) as error:
-            return [f"<p class='tome-sampler-error'>{html.escape(str(error))}</p>", *(gr.update() for _ in outputs[1:])]
+            return wrong(error)
         return done(message, chosen)
+
+    def wrong(error: Exception) -> list[Any]:
+        return [f"<p class='tome-sampler-error'>{html.escape(str(error))}</p>", *(gr.update() for _ in outputs[1:])]
 
     def save_it(given: str, *values: Any) -> list[Any]:
         def action() -> None:
@@ -144,6 +148,15 @@ def _own_presets(presets: Presets, page: dict[str, Any]) -> None:
             presets.save(given, config)
 
         return attempt(action, f"Saved {given!r}.", given.strip())
+
+    def load_it(given: str) -> list[Any]:
+        try:
+            added, replaced = presets.load(given)
+        except (ValueError, OSError) as error:
+            return wrong(error)
+        words = (("Added", added), ("Replaced", replaced))
+        said = " ".join(f"{word} {', '.join(map(repr, names))}." for word, names in words if names)
+        return done(said or "There was nothing to import.")
 
     if len(controls) == len(default_args()):
         save.click(save_it, inputs=[name, *controls], outputs=outputs, **ui.QUIET)
@@ -160,9 +173,7 @@ def _own_presets(presets: Presets, page: dict[str, Any]) -> None:
         **ui.QUIET,
     )
     export.click(lambda: presets.exported(), inputs=None, outputs=[text], **ui.QUIET)
-    load.click(
-        lambda given: attempt(lambda: presets.load(given), "Imported."), inputs=[text], outputs=outputs, **ui.QUIET
-    )
+    load.click(load_it, inputs=[text], outputs=outputs, **ui.QUIET)
 
 
 def _controls_of(page: dict[str, Any], tab: str) -> list[Any]:
@@ -177,8 +188,8 @@ def report_html(record: RunRecord) -> str:
     parts = [f"<p class='tome-sampler-status'>{html.escape(record.summary)}</p>"]
     for one in record.passes:
         if one.stats is not None:
-            title = "Hires pass" if one.hires else "First pass"
-            parts.append(f"<h3>{title}, {one.seconds:.1f} s</h3>{chart_html(one.stats)}")
+            chart = chart_html(one.stats) if not one.aside else f"<p>Stood aside: {html.escape(one.aside)}</p>"
+            parts.append(f"<h3>{one.title}, {one.seconds:.1f} s</h3>{chart}")
             parts += [f"<p>{html.escape(note)}</p>" for note in one.stats["notes"]]
     return "<div class='tome-sampler-report'>" + "".join(parts) + "</div>"
 
@@ -252,7 +263,8 @@ def map_html(record: RunRecord, number: Any, which: str) -> str:
     sigma = maps[index].sigma
     caption = f"{which}, {index + 1} of {len(maps)}" + (f", sigma {sigma:.2f}" if sigma is not None else "")
     h, w = maps[index].grid
-    groups = base64.b64encode(maps[index].target.numpy().astype("<u4").tobytes()).decode()  # for the page's script
+    target = maps[index].target.cpu().numpy().astype("<u4")
+    groups = base64.b64encode(target.tobytes()).decode()  # for the page's script
     return (
         f"<figure class='tome-sampler-map'><div class='tome-sampler-over' data-grid='{h},{w}' data-groups='{groups}'>"
         f"{_img(image)}<canvas width='{w}' height='{h}'></canvas></div>"

@@ -27,7 +27,7 @@ EXPLAINED = (
 def accordion(
     elem_id: Callable[[str], str],
     is_img2img: bool,
-    own: Callable[[], Mapping[str, Any]],
+    own: Callable[[], Mapping[str, Mapping[str, Any]]],
     summary: Callable[[], str],
     start: str,
 ) -> tuple[list[Any], list[tuple[Any, str, Callable[[Mapping[str, Any]], Any]]]]:
@@ -45,7 +45,7 @@ def accordion(
             names = [OFF, *PRESETS, CUSTOM, *own()]
             preset = gr.Dropdown(names, value=defaults[1], label="Merge preset", elem_id=elem_id("preset"))
         controls = _rows(MAIN, 2, values, elem_id)
-        hint = gr.HTML(explained(defaults), elem_id=elem_id("hint"))
+        hint = gr.HTML(explained(defaults, own()), elem_id=elem_id("hint"))
         # txt2img alone has a second pass
         with (
             gr.Group(visible=not is_img2img),
@@ -57,8 +57,15 @@ def accordion(
                 label="Hires merge preset",
                 elem_id=elem_id("hires_preset"),
             )
-            own_hires = _rows(HIRES, 3, dict(zip(HIRES, defaults[last + 2 :], strict=True)), elem_id, "hires_")
-            second = list(own_hires.values())
+            own_hires = _rows(HIRES, 3, dict(zip(HIRES, defaults[last + 2 : -1], strict=True)), elem_id, "hires_")
+            others = gr.Textbox(
+                defaults[-1],
+                label="Hires other settings",
+                info="field=value, with commas between them: whatever else is not to be as in the first pass",
+                max_lines=1,
+                elem_id=elem_id("hires_others"),
+            )
+            second = [*own_hires.values(), others]
         with gr.Accordion("Advanced merge settings", open=False, elem_id=elem_id("advanced")):
             rest = ["early_sigma", *(f.name for f in FIELDS if f.name not in (*MAIN, "early_sigma"))]
             controls |= _rows(rest, 3, values, elem_id)
@@ -74,7 +81,7 @@ def accordion(
 
     def write_hires_preset(name: str) -> list[Any]:
         config = _shown_config(name, own())
-        return [gr.update(**_update(BY_NAME[field], config)) for field in HIRES]
+        return [*(gr.update(**_update(BY_NAME[field], config)) for field in HIRES), gr.update(value="")]
 
     preset.input(write_preset, inputs=[preset], outputs=inputs[first:last], **QUIET)
     hires_preset.input(write_hires_preset, inputs=[hires_preset], outputs=second, **QUIET)
@@ -85,42 +92,38 @@ def accordion(
     for some in (controls, own_hires):
         some["stride"].change(_most_of_stride, inputs=[some["stride"], some["ratio"]], outputs=[some["ratio"]], **QUIET)
     for name in EXPLAINED:
-        controls[name].change(lambda *args: explained(args), inputs=inputs, outputs=[hint], **QUIET)
-    keys = [
-        f"{TITLE} enabled",
-        f"{TITLE} preset",
-        *(field.key for field in FIELDS),
-        "ToMe hires enabled",
-        "ToMe hires preset",
-        *(f"ToMe hires {name}" for name in HIRES),
-    ]
+        controls[name].change(lambda *args: explained(args, own()), inputs=inputs, outputs=[hint], **QUIET)
     return inputs, [
-        (component, key, _from_infotext(i)) for i, (component, key) in enumerate(zip(inputs, keys, strict=True))
+        (component, key, _from_infotext(i)) for i, (component, key) in enumerate(zip(inputs, _keys(), strict=True))
     ]
 
 
 def element_names() -> list[str]:
     """The last parts of the controls' elem_ids, in order."""
     names = ["enabled-checkbox", "preset", *(field.name for field in FIELDS)]
-    return [*names, "hires-checkbox", "hires_preset", *(f"hires_{name}" for name in HIRES)]
+    return [*names, "hires-checkbox", "hires_preset", *(f"hires_{name}" for name in HIRES), "hires_others"]
 
 
 def fill_pasted(text: str, params: dict[str, Any]) -> None:
     """``on_infotext_pasted``: the few entries that an infotext holds, spelt out for every control."""
-    keys = [f"{TITLE} enabled", f"{TITLE} preset", *(field.key for field in FIELDS)]
-    keys += ["ToMe hires enabled", "ToMe hires preset", *(f"ToMe hires {name}" for name in HIRES)]
-    params.update(zip(keys, infotext.control_values(params), strict=True))
+    params.update(zip(_keys(), infotext.control_values(params), strict=True))
 
 
-def explained(args: Sequence[Any]) -> str:
-    """What the settings come to, and which of them have no effect and why."""
+def explained(args: Sequence[Any], own: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the settings come to, and which of them have no effect and why. own: the user's presets by name."""
     try:
-        request = read_args([True, CUSTOM, *list(args)[2:]])
+        request = read_args([True, CUSTOM, *list(args)[2:]], own)
     except ValueError as error:
         return f"<span class='tome-sampler-hint'>{html.escape(str(error))}</span>"
     config = request.config or MergeConfig()
     lines = [_share(config), *(f"<i>{label}</i> has no effect {why}." for label, why in _idle(config))]
     return "<span class='tome-sampler-hint'>" + " ".join(lines) + "</span>"
+
+
+def _keys() -> list[str]:
+    """The controls' infotext keys, in order."""
+    names = [f"{TITLE} enabled", f"{TITLE} preset", *(field.key for field in FIELDS)]
+    return [*names, *(f"ToMe hires {name}" for name in ("enabled", "preset", *HIRES, "others"))]
 
 
 def status_html(text: str) -> str:

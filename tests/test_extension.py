@@ -146,6 +146,33 @@ def test_hires_has_its_own_settings_and_a_pass_of_its_own(host: Host) -> None:
     assert not host.errors
 
 
+@pytest.mark.parametrize("hires", [False, True])
+def test_where_one_pass_stands_aside_the_other_is_merged_and_told_of(host: Host, hires: bool) -> None:
+    host.shared.opts.data["token_merging_ratio_hr" if hires else "token_merging_ratio"] = 0.3
+    args = [{**FAST, "hires": {"ratio": 0.25}}]
+    _, params = host.generate(args, enable_hr=True, n_iter=2)
+    reason = "the host's own token merging is on (ratio 0.3); set it to 0 in the settings to use this one"
+    name = "Hires pass" if hires else "First pass"
+    assert params.pop(f"ToMe {name.lower()}") == f"stood aside: {reason}"
+    found = last(host)
+    assert found["stood_aside"] is None
+    assert [one["stood_aside"] for one in found["passes"]] == [None, reason] * 2 if hires else [reason, None] * 2
+    shares = [0.5, 0.0] * 2 if hires else [0.0, 0.25] * 2
+    assert [one["statistics"]["merged_fraction"] for one in found["passes"]] == pytest.approx(shares)
+    assert "of the tokens merged" in found["summary"]
+    assert found["summary"].endswith(f". {name} stood aside: {reason}.")
+    assert f"Stood aside: {reason}".replace("'", "&#x27;") in host.app.tab.report_html(host.app.run.record)
+    host.shared.opts.data.clear()
+    assert params == host.generate(args, enable_hr=True)[1]
+    host.shared.opts.data |= {"token_merging_ratio_hr": 0.3, "token_merging_ratio": 0.2}
+    _, params = host.generate(args, enable_hr=True)
+    assert list(params) == ["ToMe Sampler"]
+    assert "(ratio 0.2)" in params["ToMe Sampler"]
+    assert "(ratio 0.3)" in params["ToMe Sampler"]
+    assert params["ToMe Sampler"] == f"stood aside: {last(host)['stood_aside']}"
+    assert not host.errors
+
+
 def test_a1111_row_layouts(a1111: A1111) -> None:
     def fraction() -> float:
         return float(last(a1111)["passes"][0]["statistics"]["merged_fraction"])
@@ -176,13 +203,16 @@ def test_a1111_refiner_swaps_the_model_inside_sampling(a1111: A1111) -> None:
     first, second = a1111.shared.sd_model, a1111.model()
 
     def swap(call: int) -> None:
-        if call == 2:
+        if call == 1:  # itself still of the first
             a1111.modules.shared.sd_model = a1111.shared.sd_model = second
 
     a1111.model_calls.clear()
     a1111.fault = swap
     a1111.generate([FAST])
-    assert last(a1111)["passes"][0]["statistics"]["tokens_before"] > 0
+    steps = last(a1111)["passes"][0]["statistics"]["steps"]
+    assert len(steps) == 4
+    assert all(step["layers"] and step["merged_fraction"] == pytest.approx(0.5) for step in steps)
+    assert steps[2]["pairings_made"] > 0  # pairs of the first model are not used on
     assert hooks_on(first.model.diffusion_model) == hooks_on(second.model.diffusion_model) == 0
     assert not a1111.errors
 
@@ -259,11 +289,28 @@ def test_a1111_a_reference_pass_inside_the_model_is_left_alone(a1111: A1111) -> 
 
 
 def test_forge_split_calls_and_guidance_off(forge: Forge) -> None:
-    whole, _ = forge.generate([FAST])
+    """Cond first, the calls share the pairs that one call would make. Uncond first, they share the uncond's, which are
+    others; only where each branch has its own must the picture be the same."""
+
+    def merged(**fields: Any) -> tuple[Tensor, dict[str, Any]]:
+        lengths_differ = fields.pop("lengths_differ", False)
+        picture, _ = forge.generate([{**FAST, **fields}], lengths_differ=lengths_differ)
+        statistics: dict[str, Any] = last(forge)["passes"][0]["statistics"]
+        assert statistics["merged_fraction"] == pytest.approx(0.5)
+        assert statistics["importance_merged"] is not None
+        return picture, statistics
+
+    whole, of_whole = merged()
+    parts, of_parts = merged(lengths_differ=True)
+    torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-3)
+    assert len(of_parts["steps"]) == 2 * len(of_whole["steps"])
+    apart, _ = merged(share_branches=False)
+    assert not torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
     forge.split = True
-    parts, _ = forge.generate([FAST])
-    assert (whole - parts).abs().mean() < 0.5 * whole.abs().mean()
-    assert last(forge)["passes"][0]["statistics"]["merged_fraction"] == pytest.approx(0.5)
+    parts, of_parts = merged()
+    made = of_whole["pairings_made"]
+    assert (of_parts["pairings_made"], of_parts["pairings_reused"]) == (made, made)
+    torch.testing.assert_close(apart, merged(share_branches=False)[0], rtol=1e-3, atol=1e-3)
     forge.generate([FAST], cfg_scale=1.0)
     statistics = last(forge)["passes"][0]["statistics"]
     assert statistics["merged_fraction"] == pytest.approx(0.5)
@@ -592,19 +639,95 @@ def test_routes_answer_within_bounds_and_behind_the_hosts_password(host: Host) -
     assert not host.errors
 
 
-def test_the_maps_are_saved_beside_pictures_if_asked_for(host: Host, tmp_path: Path) -> None:
-    from types import SimpleNamespace
+def test_the_maps_are_saved_beside_a_runs_own_pictures_if_asked_for(host: Host, tmp_path: Path) -> None:
+    host.folder = tmp_path
 
-    from PIL import Image
+    def saved() -> list[str]:
+        found = list(tmp_path.glob("*-tome-*.png"))
+        for path in found:
+            path.unlink()
+        return sorted(path.name.replace("-tome-groups", "").replace("-tome-importance", "") for path in found)
 
-    picture = tmp_path / "00001-7.png"
-    for wanted in (False, True):
-        host.shared.opts.data["tome_sampler_save_overlays"] = wanted
-        host.generate([FAST])
-        params = SimpleNamespace(filename=str(picture), image=Image.new("RGB", (64, 64)), p=SimpleNamespace())
-        host.tell("image_saved", params)
-        names = sorted(path.name for path in tmp_path.glob("*.png"))
-        assert names == (["00001-7-tome-groups.png", "00001-7-tome-importance.png"] if wanted else [])
+    host.generate([FAST])
+    assert saved() == []
+    host.shared.opts.data["tome_sampler_save_overlays"] = True
+    host.generate([FAST], n_iter=2, batch_size=2)
+    assert saved() == ["0-0.png"] * 2 + ["1-0.png"] * 2  # and neither the grid nor a batch's others
+    host.save(None, "from-extras.png")
+    host.cells([FAST], "[ToMe Sampler] Merge ratio", [0.5])
+    assert saved() == ["0-0.png"] * 2
+    host.generate([])
+    host.shared.opts.data["token_merging_ratio_hr"] = 0.3
+    assert saved() == []
+    host.generate([FAST], enable_hr=True)
+    assert saved() == ["0-0.png"] * 2  # the first pass's, beside the hires pass that stood aside
+    p = _p(host)
+    host.hook("setup", p)
+    host.hook("process", p, *host._arguments([FAST]))
+    p.close()  # an exception in sampling skips all other hooks
+    host.save(p, "later.png")
+    assert saved() == []
+    assert not host.errors
+
+
+def test_maps_that_lie_on_the_device_can_be_drawn(host: Host) -> None:
+    class OnDevice(Tensor):
+        """What a map holds while its pass is under way on a GPU."""
+
+        def numpy(self, *, force: bool = False) -> Any:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.as_subclass(Tensor)
+
+    host.generate([FAST])
+    record = host.app.run.record
+    (one,) = (found := record.passes[0].maps)[-1:]
+    before = [host.app.tab.map_html(record, len(found), kind) for kind in ("Importance", "Merged groups")]
+    one.target, one.importance = one.target.as_subclass(OnDevice), one.importance.half().as_subclass(OnDevice)
+    after = [host.app.tab.map_html(record, len(found), kind) for kind in ("Importance", "Merged groups")]
+    assert after[1] == before[1]
+    assert "<img" in after[0]
+
+
+def built(host: Host) -> dict[str, Any]:
+    """The tab's components by elem_id, of a host whose page has the steps."""
+    from webui import Component
+
+    found: dict[str, Any] = {}
+    host.callbacks["after_component"].append(lambda component, **kwargs: found.update({component.elem_id: component}))
+    Component(value=4, elem_id="txt2img_steps")
+    host.tell("ui_tabs")
+    return found
+
+
+def clicked(component: Any, *values: Any) -> Any:
+    (event,) = [event for name, event in component.events if name == "click"]
+    return event["fn"](*values)
+
+
+def test_measure_and_the_hint_know_the_users_own_presets(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.app.presets.save("mine", MergeConfig(ratio=0.3))
+    monkeypatch.setattr(host.app.tab, "measure", lambda *args: iter([(0.5, f"{args[0]} {args[1][:2]}")]))
+    controls = [c.value for c in host.components]
+    names = host.app.ui.element_names()
+    for name in ("preset", "hires_preset"):
+        controls[names.index(name)] = "mine"
+    controls[names.index("hires-checkbox")] = True
+    (said,) = clicked(built(host)["tome_sampler_measure"], 1, 4, *controls)
+    assert "steps&#x27;: 4} [True, &#x27;mine&#x27;]" in said
+    hint = [event["fn"] for name, event in host.components[names.index("ratio")].events if name == "change"]
+    assert "Merges 75% of the tokens" in hint[-1](*controls)
+    assert not host.errors
+
+
+def test_an_import_says_what_it_replaced(host: Host) -> None:
+    host.app.presets.save("mine", MergeConfig())
+    load = built(host)["tome_sampler_own_import"]
+    assert clicked(load, '{"mine": {}, "other": {}}')[0] == "<p>Added &#x27;other&#x27;. Replaced &#x27;mine&#x27;.</p>"
+    assert clicked(load, '{"third": {}}')[0] == "<p>Added &#x27;third&#x27;.</p>"
+    assert clicked(load, "{}")[0] == "<p>There was nothing to import.</p>"
+    assert "pool is 10; it must be a number from 0.25 to 4" in clicked(load, '{"mine": {"pool": 10}}')[0]
     assert not host.errors
 
 
@@ -617,12 +740,12 @@ def test_controls_explain_themselves(host: Host) -> None:
     ]
     assert by_id["script_txt2img_tome_sampler_ratio"].kwargs["maximum"] == 0.75
     defaults = [c.value for c in host.components]
-    assert "Neighbourhood" in ui.explained(defaults)
+    assert "Neighbourhood" in ui.explained(defaults, {})
 
     def explained(**values: Any) -> str:
         names = ["enabled", "preset", *(f.name for f in table)]
         moved = [values.get(name, value) for name, value in zip(names, defaults, strict=False)]
-        return str(ui.explained(moved)).removeprefix("<span class='tome-sampler-hint'>").removesuffix("</span>")
+        return str(ui.explained(moved, {})).removeprefix("<span class='tome-sampler-hint'>").removesuffix("</span>")
 
     first = "Merges 75% of the tokens of a layer while sigma is above 3, then 20% to 50%"
     assert explained().startswith(first + ". <i>")

@@ -62,6 +62,15 @@ configs = st.builds(
     start=st.floats(0, 0.5),
     end=st.floats(0.5, 1),
     random=st.booleans(),
+    pool=st.floats(0.25, 4),
+    protect=st.floats(0, 1),
+    search=st.sampled_from(["global", "local"]),
+    neighbourhood=st.integers(1, 8),
+    metric=st.sampled_from(["attention", "block", "position"]),
+    batch_rule=st.sampled_from(["row", "max"]),
+    share_branches=st.booleans(),
+    share_layers=st.booleans(),
+    prune_until=st.floats(0, 1),
     proportional=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
     min_tokens=st.just("auto") | st.integers(0, 65536),
@@ -82,7 +91,7 @@ def test_the_table_covers_the_configuration_both_ways() -> None:
 
 def test_the_documented_arguments_and_controls_agree() -> None:
     defaults = request.default_args()
-    assert len(defaults) == 2 + len(table.FIELDS) + 2 + len(table.HIRES)
+    assert len(defaults) == 2 + len(table.FIELDS) + 2 + len(table.HIRES) + 1
     assert request.read_args([True]).config == MergeConfig() == request.read_args([True, *defaults[1:]]).config
     assert request.read_args([]).on is False
     assert request.read_args([True, "fast"]).config == MergeConfig.preset("fast")
@@ -107,36 +116,65 @@ def test_hires_overrides() -> None:
     args[3 + len(table.FIELDS) :] = ["Custom", 0.9, 4, 0.0, 2, 0.3, "off"]
     hires = request.read_args(args).of_pass(True)
     assert hires == MergeConfig(ratio=0.9, stride=4, threshold=None, levels=2, floor=0.3, early_ratio=None)
+    others = " refresh=sigma ratio 3,random = true, modules=attn1+ff,min_tokens=auto , "
+    hires_others = hires.with_(refresh=SigmaRatio(3.0), random=True, modules=("attn1", "ff"))
+    assert request.read_args([*args, others]).of_pass(True) == hires_others
+    for wrong, message in (
+        ("refresh", "hires_others has 'refresh'; it must be field=value"),
+        ("refersh=once", "there is no field 'refersh'; there are ratio, "),
+        ("pool=10", "pool is 10.0; it must be a number from 0.25 to 4"),
+        (7, "hires_others is 7; it must be text like 'refresh=always, start=0.1'"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            request.read_args([*args, wrong])
     found = request.read_dict({"preset": "quality", "hires": {"ratio": 0.4}})
     assert found.of_pass(True) == MergeConfig.preset("quality", ratio=0.4)
     assert request.read_dict({"hires": "off"}).of_pass(True) is None
 
 
-@given(config=configs, hires=st.none() | configs, name=st.sampled_from(["Balanced", "Fast", "Custom"]))
+@given(
+    config=configs,
+    hires=st.none() | configs,
+    name=st.sampled_from(["Balanced", "Fast", "Custom"]),
+    hires_name=st.sampled_from(["Quality", "Custom"]),
+)
 @settings(max_examples=300)
-def test_the_infotext_round_trips(config: MergeConfig, hires: MergeConfig | None, name: str) -> None:
-    asked = request.Request(name, config, hires is None, "Custom", hires)
-    written = infotext.written(asked)
+def test_the_infotext_round_trips(config: MergeConfig, hires: MergeConfig | None, name: str, hires_name: str) -> None:
+    written = infotext.written(request.Request(name, config, hires is None, hires_name, hires))
     assert written["ToMe Sampler"] == name
-    params = json.loads(json.dumps(written))
-    values = infotext.control_values(params)
-    read = request.read_args(values)
-    for field in table.FIELDS:
-        told, wanted = getattr(read.config, field.name), getattr(config, field.name)
-        assert told == pytest.approx(wanted) if isinstance(wanted, float) else same_refresh(told, wanted), field.name
-    assert read.same == (hires is None)
-    if hires is not None:
-        for hires_name in table.HIRES:
-            wanted = getattr(hires, hires_name)
-            told = getattr(read.hires, hires_name)
-            assert told == (wanted if wanted is None else pytest.approx(wanted)), hires_name
+    read = pasted(written)
+    assert (read.config, read.same, read.hires) == (config, hires is None, hires)
 
 
-def same_refresh(a: Any, b: Any) -> bool:
-    if type(a) is not type(b) or not hasattr(a, "to_dict"):
-        return bool(a == b)
-    x, y = a.to_dict(), b.to_dict()
-    return all(x[k] == (pytest.approx(y[k]) if k != "kind" else y[k]) for k in y)
+def pasted(written: dict[str, str]) -> Any:
+    """What the page asks for when these entries have been pasted into it."""
+    return request.read_args(infotext.control_values(json.loads(json.dumps(written))))
+
+
+@pytest.mark.parametrize(
+    ("asked", "hires"),
+    [
+        ({"hires": {"preset": "quality", "ratio": 0.4}}, MergeConfig.preset("quality", ratio=0.4)),
+        (
+            {"preset": "tomesd", "hires": {"ratio": 0.4, "start": 0.1}},
+            MergeConfig.preset("tomesd", ratio=0.4, start=0.1),
+        ),
+        ({"preset": "fast", "hires": "ca_tome"}, MergeConfig.preset("ca_tome")),
+        ({"preset": "off", "hires": {"preset": "importance", "seed": 5}}, MergeConfig.preset("importance", seed=5)),
+        ({"hires": {"threshold": -0.5, "ratio": 1 / 3}}, MergeConfig(threshold=-0.5, ratio=1 / 3)),
+        ({"hires": "mine"}, MergeConfig(ratio=0.3, refresh=Always())),
+        ({"preset": "mine", "hires": {"levels": 2}}, MergeConfig(ratio=0.3, refresh=Always(), levels=2)),
+        ({"preset": "mine", "hires": "off"}, None),
+    ],
+)
+def test_the_hires_override_round_trips_with_all_its_fields(asked: dict[str, Any], hires: MergeConfig | None) -> None:
+    saved = {"mine": MergeConfig(ratio=0.3, refresh=Always()).to_dict()}
+    meant = request.read_dict(asked, saved)
+    assert meant.hires == hires
+    read = pasted(infotext.written(meant, saved))
+    assert (read.config, read.same, read.hires) == (meant.config, False, hires)
+    again = pasted(infotext.written(read))
+    assert (again.config, again.hires) == (meant.config, hires)
 
 
 def test_the_infotext_is_compact_and_says_nothing_when_off() -> None:
@@ -152,6 +190,14 @@ def test_the_infotext_is_compact_and_says_nothing_when_off() -> None:
         assert infotext.control_values(nothing) == request.default_args()
     broken = {"ToMe Sampler": "Balanced", "ToMe presets": "2", "ToMe ratio": "a lot"}
     assert infotext.control_values(broken)[1] == "Balanced"
+
+
+def test_what_an_infotext_says_wrongly_is_left_out_and_the_rest_holds() -> None:
+    one = {"ToMe Sampler": "Custom", "ToMe presets": "2", "ToMe pool": "10", "ToMe ratio": "0.3", "ToMe levels": "2"}
+    assert pasted(one).config == MergeConfig(ratio=0.3, levels=2)
+    # that ratio cannot be had without that stride
+    two = {"ToMe Sampler": "Custom", "ToMe presets": "2", "ToMe stride": "9", "ToMe ratio": "0.9", "ToMe levels": "2"}
+    assert pasted(two).config == MergeConfig(levels=2)
 
 
 # the default preset as it was saved as one of the user's own, before runs had an early part
@@ -179,8 +225,8 @@ def test_an_infotext_of_before_the_early_part_reproduces_that_run(told: dict[str
     assert read.config == MergeConfig.from_dict({**OLD, "early_ratio": None, **meant})
     assert values[1] == read.preset == "Custom"
     read = request.read_args(infotext.control_values({**told, "ToMe hires": "Fast"}))
-    shown = {"ratio": 0.9, "stride": 4, "threshold": 0.9, "levels": 1, "floor": 0.75}  # the rest is the first pass's
-    assert read.hires == read.config.with_(**shown)
+    then = {"early_ratio": None, "ratio": 0.9, "stride": 4, "floor": 0.75}
+    assert read.hires == MergeConfig.from_dict({**OLD, **then})
     rewritten = infotext.written(read)  # and today's keeps it
     assert request.read_args(infotext.control_values(rewritten)) == read
 
@@ -288,9 +334,10 @@ def test_presets_of_the_users_own(tmp_path: Path) -> None:
     assert store.names() == ["ours"]
     text = store.exported()
     store.delete("ours")
-    assert store.load(text) == ["ours"]
+    assert store.load(text) == (["ours"], [])
     write_profile(tmp_path / "profile.json", config, model="folder/model.safetensors", measured={})
-    assert store.load((tmp_path / "profile.json").read_text()) == ["model.safetensors"]
+    assert store.load((tmp_path / "profile.json").read_text()) == (["model.safetensors"], [])
+    assert store.load((tmp_path / "profile.json").read_text()) == ([], ["model.safetensors"])
     assert request.read_dict({"preset": "model.safetensors"}, store.saved()).config == config
     for action, message in (
         (lambda: store.save("Fast", config), "built-in"),
@@ -299,14 +346,42 @@ def test_presets_of_the_users_own(tmp_path: Path) -> None:
         (lambda: store.delete("none"), "no preset 'none'"),
         (lambda: store.load("{"), "not JSON"),
         (lambda: store.load('{"a": {"ratio": 7}}'), "ratio is 7"),
+        (lambda: store.load('{"a": {"pool": 10}}'), "preset 'a': pool is 10; it must be a number from 0.25 to 4"),
+        (lambda: store.save("a", MergeConfig(pool=10)), "pool is 10; it must be a number from 0.25 to 4"),
+        (lambda: store.save("Ours", config), "name is 'Ours', which differs from the preset 'ours' in case only"),
+        (lambda: store.load('{"OURS": {}}'), "preset 'OURS': name is 'OURS', which differs from the preset 'ours'"),
+        (lambda: store.load('{"a": {}, "A": {}}'), "name is 'A', which differs from the preset 'a' in case only"),
+        (lambda: store.rename("model.safetensors", "Ours"), "name is 'Ours', which differs from the preset 'ours'"),
         (lambda: store.load('{"a": 1}'), "must be an object"),
         (lambda: store.load(json.dumps({"format": FORMAT, "model": "a"})), "must be an object"),
     ):
         with pytest.raises(ValueError, match=message):
             action()
     assert store.names() == ["model.safetensors", "ours"]
+    store.rename("ours", "Ours")
+    store.save("Ours", MergeConfig(threshold=0.0))
+    assert store.saved()["Ours"]["threshold"] is None  # as the controls have it
     store.path.write_text("broken")
     assert store.saved() == {}
     with pytest.raises(ValueError, match="not JSON"):
         store.save("other", config)
     assert store.path.read_text() == "broken"
+
+
+def test_presets_whose_names_differ_in_case_are_told_apart() -> None:
+    saved = {name: MergeConfig(ratio=ratio).to_dict() for name, ratio in (("Mine", 0.1), ("mine", 0.2))}
+    for name, ratio in (("Mine", 0.1), ("mine", 0.2), (" Mine ", 0.1)):
+        assert request.read_dict({"preset": name}, saved).config == MergeConfig(ratio=ratio)
+
+
+def test_a_grids_axes_replace_fields() -> None:
+    on, off = request.read_args([True]), request.read_args([])
+    assert on.with_fields({"ratio": "0.3"}).config == MergeConfig(ratio=0.3)
+    assert on.with_fields({"preset": "Fast", "ratio": 0.3}).config == MergeConfig.preset("fast", ratio=0.3)
+    for one in (on, off):
+        assert not one.with_fields({"preset": "Off", "ratio": 0.3}).on
+        assert not one.with_fields({"ratio": 0.3, "preset": "off"}).on
+    turned_on = off.with_fields({"ratio": 0.3})
+    assert (turned_on.preset, turned_on.config) == ("Custom", MergeConfig(ratio=0.3))
+    assert pasted(infotext.written(turned_on)).config == turned_on.config
+    assert off.with_fields({"preset": "Fast", "ratio": 0.3}).preset == "Fast"

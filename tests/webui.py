@@ -5,7 +5,8 @@ traps. What it imitates was observed in AUTOMATIC1111 1.10.1 and in Forge (main,
 - `ui()` is called three times a tab; X/Y/Z cells are shallow copies of `p` and are never closed;
 - AUTOMATIC1111 hands the U-Net [cond..., uncond], in one call or in several, and calls the three CFG callbacks;
 - Forge hands it [uncond, cond], deep-copies model options when it clones, calls `process_before_every_sampling` twice
-  for a hires pass, calls no `on_cfg_denoised`, and swaps the model patcher back before each pass.
+  for a hires pass, calls no `on_cfg_denoised`, and swaps the model patcher back before each pass. Prompts that it will
+  not batch run cond first, and what memory does not suffice to batch uncond first.
 
 The U-Nets are small real ones; nothing of the extension is replaced.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from ldm import BasicTransformerBlock, LdmUNet
+from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +147,7 @@ class Host:
         self.errors: list[BaseException] = []
         self.model_calls: list[tuple[int, int]] = []  # rows and width of each call
         self.fault: Callable[[int], None] | None = None  # is called before each model call, and may raise
+        self.folder: Path | None = None  # where pictures are saved, if they are
         self.shared = types.SimpleNamespace(
             opts=Options(),
             OptionInfo=OptionInfo,
@@ -262,6 +265,10 @@ class Host:
             finally:
                 p.is_hr_pass = False
             self.hook("post_sample", p, None, *args)
+            for i in range(p.batch_size):
+                p.batch_index = i
+                self.save(p, f"{n}-{i}.png")
+        self.save(p, "grid-0.png")
         pictures = torch.cat(batches) if batches else torch.zeros(0)
         self.hook("postprocess", p, types.SimpleNamespace(images=[]), *args)
         return pictures
@@ -280,8 +287,15 @@ class Host:
                 pictures.append(self.process_images(cell))
             except Exception as error:
                 self.errors.append(error)
+        self.save(types.SimpleNamespace(images=[]), "xyz_grid-0.png")
         p.close()
         return pictures
+
+    def save(self, p: Any, name: str) -> None:
+        """A picture's file: of `p`, of a grid's `Processed`, or of none, as Extras saves it."""
+        if self.folder is not None:
+            image = Image.new("RGB", (64, 64))
+            self.tell("image_saved", types.SimpleNamespace(filename=str(self.folder / name), image=image, p=p))
 
     def sample(self, p: Processing) -> Tensor:
         generator = torch.Generator().manual_seed(p.seed + getattr(p, "iteration", 0))
@@ -495,7 +509,7 @@ class Forge(Host):
 
     def __init__(self) -> None:
         super().__init__()
-        self.split = False  # low memory: uncond and cond in calls of their own
+        self.split = False  # low memory: uncond and cond in calls of their own, the uncond first
         self.later: Callable[[UnetPatcher], None] | None = None  # an extension that patches after ours
 
     def install(self, data_path: Path) -> None:
@@ -532,10 +546,14 @@ class Forge(Host):
             x=x, sigma=torch.full((b,), sigma), text_cond=None, text_uncond=None, denoiser=denoiser
         )
         self.tell("cfg_denoiser", params)
-        marks = [0] if p.cfg_scale == 1 else [1, *[0] * p.conds]
+        uncond_runs = p.cfg_scale != 1
+        marks = [1, *[0] * p.conds] if uncond_runs else [0]
         contexts = {0: cond_of(b, 5), 1: cond_of(b, 5) * 0.1}
         outs: list[tuple[int, Tensor]] = []
-        for group in [[m] for m in marks] if self.split else [marks]:
+        groups = [[m] for m in marks] if self.split else [marks]
+        if p.lengths_differ and uncond_runs:
+            groups = [[0] * p.conds, [1]]
+        for group in groups:
             if self.fault is not None:
                 self.fault(len(self.model_calls))
             rows = x.repeat(len(group), 1, 1, 1)
