@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pipelines
 import pytest
@@ -90,7 +92,8 @@ def test_a_proposal_merges_the_share_and_keeps_pairs_as_long_as_they_last() -> N
     assert found.config.threshold == 0.9
     assert found.config.refresh == SigmaRatio(4.0)
     assert propose(calls, config, 0.4, 0.5).config.threshold == 0.5
-    assert propose(calls, config, 0.4, -1.0).config.refresh == Always()
+    close = [watched(8, 0.9, [0.9]), watched(7, 0.9, [0.8, 0.9])]  # within the shortest life that is tried
+    assert propose(close, config, 0.4, 0.01).config.refresh == Always()
     # with an early part the first call, which no threshold acts in, is left out, and pairs do not outlive it
     early = config.with_(early_ratio=0.75, early_sigma=6.0)
     assert propose(calls, early, 0.16, 0.04).config.threshold == 0.5
@@ -99,6 +102,9 @@ def test_a_proposal_merges_the_share_and_keeps_pairs_as_long_as_they_last() -> N
     assert reuse(calls, config, SigmaRatio(12.0))[1] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="the share to merge is"):
         propose(calls, config, 0.6, 0.1)
+    for loss in (float("nan"), -0.1, 3.0):
+        with pytest.raises(ValueError, match=r"the similarity that may be lost is .*; it must be from 0 to 2"):
+            propose(calls, config, 0.4, loss)
     with pytest.raises(ValueError, match="nothing to tune"):
         propose([Watched(1.0)], config, 0.4, 0.1)
 
@@ -178,4 +184,62 @@ def test_what_merges_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     options = ["--steps", "2", "--size", "64", "--set", "min_tokens=5000", "--quiet"]
     assert main(["inspect", PROMPT, *options, "--out", str(tmp_path / "out")]) == 2
     assert "nothing of embedded is merged with these settings" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tune", "--share", "0.6", "--set", "ratio=0.5"], "the share to merge is 0.6; it must be above 0 and at"),
+        (["--tune", "--loss", "nan"], "the similarity that may be lost is nan"),
+        (["--tune", "--loss", "-1"], "the similarity that may be lost is -1"),
+        (["--share", "0.2"], "--share and --loss are what --tune aims at"),
+        (["--loss", "0.1"], "--share and --loss are what --tune aims at"),
+        (["--sampler", "euler", "--scheduler"], "--sampler and --scheduler are both given"),
+        (["--seed", str(2**64)], f"seed is {2**64}"),
+        (["--cond-scale", "inf"], "cond_scale is inf"),
+        (["--out", "a file"], "--out is a file; it cannot be made: File exists"),
+        (["--out", "locked"], "--out is locked; it cannot be written into"),
+        (["matplotlib"], "pip install 'tome-sampler[inspect]'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_run(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("something was run")
+
+    monkeypatch.setattr("tome_sampler.inspect.run.sample", run)
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != "locked")  # root may write everywhere
+    monkeypatch.chdir(tmp_path)
+    Path("a file").touch()
+    if given == ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        given = []
+    assert main(["inspect", PROMPT, "--steps", "2", "--quiet", *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_figures_are_saved_before_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("tome_sampler.inspect.plots.similarities", fail)
+    options = ["--steps", "3", "--size", "64", "--set", "min_tokens=0", "--tune", "--quiet", "--out", str(tmp_path)]
+    assert main(["inspect", PROMPT, *options]) == 2
+    assert "tuned" in json.loads((tmp_path / "inspect.json").read_text())
+    assert read_profile(tmp_path / "profile.json").min_tokens == 0
+
+
+def test_memory_that_runs_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("tome_sampler.inspect.run.sample", fail)
+    assert main(["inspect", PROMPT, "--quiet", "--out", str(tmp_path)]) == 2
+    expected = "too little memory for this: take a smaller --size or --frames, or --dtype bf16"
+    assert expected in capsys.readouterr().err

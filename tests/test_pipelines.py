@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -224,6 +225,32 @@ def test_instruct_pix2pix_has_three_chunks(pipe: StableDiffusionPipeline, calls:
         assert session.importance is not None
         assert torch.equal(session.importance, (cond - uncond).abs().mean(1))
         assert not session.stats.to_dict()["notes"]
+    assert calls[0].branches == ("cond", "uncond", "uncond")
+
+
+def test_equal_pictures_are_no_branches(calls: list[ModelCall]) -> None:
+    """PixArt's pipeline says nothing of its guidance: six equal rows are three pictures, guided, and not two that are
+    edited."""
+    latents = torch.randn(1, 4, 16, 16).repeat(3, 1, 1, 1)
+    options: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+    with merging(pipelines.pixart(), FIXED) as session:
+        draw(pipelines.pixart(), ["a", "b", "c"], steps=1, latents=latents, **options)
+        assert session.importance is not None
+        assert session.importance.shape[0] == 3
+    assert calls[0].branches == ("uncond",) * 3 + ("cond",) * 3
+
+
+def test_a_pipeline_that_edits_and_says_nothing_is_known_by_its_channels(
+    pipe: StableDiffusionPipeline, calls: list[ModelCall]
+) -> None:
+    class Silent(SimpleNamespace):
+        """A pipeline without properties."""
+
+    silent = Silent(scheduler=pipe.scheduler, unet=pipelines.unet("sd15", in_channels=8, **SMALL))
+    x = torch.cat([torch.randn(1, 4, 8, 8).repeat(3, 1, 1, 1), torch.randn(3, 4, 8, 8)], 1)
+    pipe.scheduler.set_timesteps(2)
+    with merging(silent, FIXED), torch.no_grad():
+        silent.unet(x, pipe.scheduler.timesteps[0], torch.randn(3, 77, pipelines.TEXT))
     assert calls[0].branches == ("cond", "uncond", "uncond")
 
 

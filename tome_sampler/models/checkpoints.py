@@ -147,7 +147,7 @@ def _check_device(pipe: Any, device: str, dtype: torch.dtype) -> None:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     if not device.startswith("cpu"):
-        _require_memory(need, device, "the weights", dtype)
+        _require_memory(need, device, "holding the weights", dtype)
 
 
 def _require_memory(need: float, device: str, what: str, dtype: torch.dtype) -> None:
