@@ -294,7 +294,12 @@ likely = st.one_of(
     st.lists(st.sampled_from(["attn1", "attn2", "ff", "x"]), max_size=3),
     st.fixed_dictionaries({"kind": st.sampled_from(["once", "drift", "x"]), "tolerance": junk}),
 )
+pieces = st.builds(lambda name, value: f"{name}={value}", keys, likely)
+others = junk | st.lists(pieces | st.text(max_size=8), max_size=4).map(",".join)
 payloads = st.one_of(
+    others.map(
+        lambda text: [True, *[None] * (1 + len(table.FIELDS)), True, "Custom", *[None] * len(table.HIRES), text]
+    ),
     st.lists(likely, max_size=40),
     st.dictionaries(keys, likely, max_size=8).map(lambda d: [d]),
     st.builds(
