@@ -553,7 +553,7 @@ def test_a_pipelines_loop_calls_as_often_as_is_said(name: str, strength: float |
     assert calls == list(range(calls_of(model, 6, name, strength)))
 
 
-def test_schedulers_that_cannot_take_the_place_are_said_to_be(folder: Path, tmp_path: Path) -> None:
+def test_schedulers_that_cannot_take_the_place_are_said_to_be() -> None:
     for name in ("RePaintScheduler", "FlowMatchEulerDiscreteScheduler", "DDPMWuerstchenScheduler", "Scheduler", "Any"):
         with pytest.raises(ValueError, match=f"scheduler is '{name}'; this model has DDIMScheduler, .*TCDScheduler"):
             calls_of(small(), 3, name)
