@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,13 +81,6 @@ class Request:
         """The request of a single one of its pictures."""
         plain = None if merging is None else merging.to_dict()
         return replace(self, prompts=(prompt,), seed=seed, count=1, merging=plain)
-
-    def from_anywhere(self) -> Request:
-        """The request with whole paths of the files and folders that it names, as another folder would need them."""
-        names = {name: getattr(self, name) for name in ("model", "model_config", "motion", "image")}
-        here = {name: Path(text).expanduser() for name, text in names.items() if text not in (None, "embedded")}
-        whole: dict[str, Any] = {name: os.path.abspath(path) for name, path in here.items() if path.exists()}
-        return replace(self, **whole)
 
     def to_text(self) -> str:
         """JSON; :meth:`from_data` takes it back, parsed."""

@@ -65,7 +65,7 @@ def generate(
             allow_pickle=allow_pickle,
             motion=request.motion,
         )
-        request, settings = with_defaults(request.from_anywhere(), model)
+        request, settings = with_defaults(request, model)
         prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
         model.condition(prompts[:1], settings.size)  # a prompt that cannot be drawn is told before anything is sampled
         if request.scheduler is None:

@@ -150,9 +150,7 @@ def sample(
         torch.manual_seed(seeds[0])  # whatever else draws
         started = time.perf_counter()
         denoiser = tome_sampler.CFGDenoiser(wrapped, session)
-        latents = function(
-            denoiser, start, *arguments, extra_args=extra_args, callback=callback, disable=True, **added
-        )
+        latents = function(denoiser, start, *arguments, extra_args=extra_args, callback=callback, disable=True, **added)
         pictures = model.pictures(latents)
         seconds = time.perf_counter() - started
         return Sampled(pictures, seconds, sum(inside), None if session is None else session.stats.to_dict())
