@@ -86,11 +86,12 @@ def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads, {machine['repeats']} rounds, "
         f"load {machine['load'][0]} to {machine['load'][1]}. seconds: {machine['clock']} of one model call, median ± "
         "interquartile range over rounds, of a whole run the mean over its steps; speed-up: to plain, paired within "
-        "rounds; share of bound: zero_overhead's seconds over its own; overhead: the part of a step that zero_overhead does not have. A method without /refresh or /reuse "
-        "is a run of so many steps as its policy mixes them: measured if it says run, else put together from single "
-        "steps, each kind as often as it occurs. Where a method merges another fraction early in a run, its steps "
-        "above early_sigma are /early refresh and /early reuse, and those of its limits /early and /later; a run's "
-        "overheads are means over its steps that make pairs, and over those that reuse them. "
+        "rounds; share of bound: zero_overhead's seconds over its own; overhead: the part of a step that "
+        "zero_overhead does not have. A method without /refresh or /reuse is a run of so many steps as its policy "
+        "mixes them: measured if it says run, else put together from single steps, each kind as often as it occurs. "
+        "Where a method merges another fraction early in a run, its steps above early_sigma are /early refresh and "
+        "/early reuse, and those of its limits /early and /later; a run's overheads are means over its steps that "
+        "make pairs, and over those that reuse them. "
         f"{machine['memory']}.",
         "",
         *(f"- {note}" for note in machine["notes"]),
