@@ -692,6 +692,7 @@ def test_page_tab_and_measure(page: Page) -> None:
 
 
 def test_page_presets(page: Page) -> None:
+    page.locator("#tabs > .tab-nav button", has_text=TITLE).click()
     page.locator("#tome_sampler_tabs > .tab-nav button", has_text="Presets").click()
     page.locator("#tome_sampler_own_name textarea, #tome_sampler_own_name input").first.fill("e2e preset")
     page.locator("#tome_sampler_own_save").click()
