@@ -37,6 +37,7 @@ from tome_sampler.bench.timing import Taken
 from tome_sampler.cli import main
 from tome_sampler.hosts.families import mergeable
 from tome_sampler.importance import cfg_magnitude
+from tome_sampler.refresh import Drift
 
 KEYS = {
     *("method", "arch", "size", "batch", "dtype", "device", "backend", "seconds", "speedup"),
@@ -519,6 +520,12 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_pairs_that_are_made_anew_by_what_is_seen_are_noted(host: Host) -> None:
+    methods = [Method("plain", host), Merged("default", host, HALF.with_(refresh=Drift(0.1)))]
+    found = Rounds(host, methods, repeats=1, steps=[], bound=False).measure(tqdm(disable=True))
+    assert any(note.startswith("when default make pairs anew depends on the picture") for note in found.notes)
 
 
 def test_a_package_that_fails_later_costs_its_row_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

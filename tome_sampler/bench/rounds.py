@@ -161,6 +161,12 @@ class Rounds:
                 f"what {', '.join(varying)} merge depends on the picture; single steps, and what is put together from "
                 "them, show it at one noise level of each part of a run, and whole runs (--steps) as it comes"
             )
+        drifting = [m.name for m in found.methods if isinstance(m, Merged) and m.config.refresh.measures_drift]
+        if drifting:
+            found.notes.append(
+                f"when {', '.join(drifting)} make pairs anew depends on the picture; what is put together from single "
+                "steps does so as seldom as can be, and whole runs (--steps) as it comes"
+            )
         for method in found.methods:
             if isinstance(method, Merged):
                 found.notes += [note for note in method.notes if note not in found.notes]
