@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tome_sampler.config import MergeConfig
 from tome_sampler.profiles import FORMAT as PROFILE
+from tome_sampler.saving import write_whole
 
 from .fields import CUSTOM, FIELDS, OFF, PRESETS
 
@@ -118,9 +118,7 @@ class Presets:
         if len(presets) > MOST:
             raise ValueError(f"there would be {len(presets)} presets; at most {MOST} can be kept")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(presets, indent=2, sort_keys=True), "utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps(presets, indent=2, sort_keys=True).encode())
 
 
 def _checked(name: Any) -> str:

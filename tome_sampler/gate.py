@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tome_sampler.saving import write_whole
+
 BUILT_IN = Path(__file__).with_name("gate.json")
 UNMEASURED = {"cuda": 2048}
 """Tokens, for devices that the table does not have. Not measured: 4096 tokens are what fused attention on a GPU is
@@ -97,9 +99,7 @@ def write_table(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]])
     kinds = {_kind(row) for row in rows}
     rows = [row for row in _rows_of(path) if _kind(row) not in kinds] + rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    new.replace(path)
+    write_whole(path, (json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n").encode())
     forget()
 
 

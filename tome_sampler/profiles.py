@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_sampler.config import MergeConfig
+from tome_sampler.saving import write_whole
 
 FORMAT = "tome-sampler profile 1"
 
@@ -19,7 +20,7 @@ FORMAT = "tome-sampler profile 1"
 def write_profile(path: Path, config: MergeConfig, *, model: str, measured: Mapping[str, Any]) -> None:
     """Save settings for a model, with the figures that they rest on."""
     data = {"format": FORMAT, "model": model, "config": config.to_dict(), "measured": dict(measured)}
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def read_profile(path: Path | str) -> MergeConfig:

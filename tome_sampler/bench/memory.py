@@ -15,6 +15,9 @@ UNITS = {
 }
 
 
+_LESS = "; take a smaller --size or --batch, --dtype bf16, or another --arch"
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had, or None where that is unknown."""
     if device.type == "cuda":
@@ -26,7 +29,7 @@ def free_memory(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def require_memory(need: float, device: torch.device, what: str) -> None:
+def require_memory(need: float, device: torch.device, what: str, less: str = _LESS) -> None:
     """Say beforehand what will not fit.
 
     Raises:
@@ -35,8 +38,7 @@ def require_memory(need: float, device: torch.device, what: str) -> None:
     free = free_memory(device)
     if free is not None and need * 1.1 > free:
         raise ValueError(
-            f"{what}: {need / 2**30:.1f} GB are needed and {free / 2**30:.1f} GB are free on {device}; take a smaller "
-            "--size or --batch, --dtype bf16, or another --arch"
+            f"{what}: {need / 2**30:.1f} GB are needed and {free / 2**30:.1f} GB are free on {device}{less}"
         )
 
 

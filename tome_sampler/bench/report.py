@@ -17,6 +17,7 @@ import tome_sampler
 from tome_sampler.bench.memory import UNITS
 from tome_sampler.bench.methods import USUAL_STEPS
 from tome_sampler.bench.timing import clock_of
+from tome_sampler.saving import write_whole
 
 _COLUMNS = (
     "method",
@@ -178,4 +179,4 @@ def _label(row: dict[str, Any]) -> str:
 
 def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """{"machine": ..., "results": [...]}."""
-    path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
+    write_whole(path, (json.dumps({"machine": machine, "results": rows}, indent=1) + "\n").encode())

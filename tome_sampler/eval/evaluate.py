@@ -17,13 +17,14 @@ from tome_sampler.eval.plot import plot, plotter
 from tome_sampler.eval.processes import Processes
 from tome_sampler.eval.prompts import cases, held_out_captions, read_prompts
 from tome_sampler.eval.report import conditions, report
-from tome_sampler.eval.rows import Row, check_rows, read_rows, write_whole
+from tome_sampler.eval.rows import Row, check_rows, read_rows
 from tome_sampler.eval.sheet import sheet
 from tome_sampler.eval.summary import points
 from tome_sampler.eval.weights import clip_score, inception_distances, lpips
 from tome_sampler.generate.command import size_of
 from tome_sampler.models import Model, open_model
 from tome_sampler.models.run import Settings
+from tome_sampler.saving import write_whole
 
 
 def evaluate(args: argparse.Namespace) -> int:

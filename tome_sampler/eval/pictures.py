@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tome_sampler.eval.methods import Method
 from tome_sampler.eval.prompts import Case
-from tome_sampler.eval.rows import write_whole
 from tome_sampler.overlay import to_bytes
+from tome_sampler.saving import write_whole
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tome_sampler.config import MergeConfig
 from tome_sampler.eval.methods import Method
+from tome_sampler.saving import write_whole
 
 Row = dict[str, Any]
 Key = tuple[str, str, str, int]
@@ -93,24 +94,6 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
             ) from None
     finally:
         os.close(file)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there (or as it was).
-
-    Raises:
-        OSError: it could not be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

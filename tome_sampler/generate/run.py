@@ -28,6 +28,7 @@ from tome_sampler.models.own_loop import calls_of, sample_in_pipeline
 from tome_sampler.models.pipeline import PipelineModel
 from tome_sampler.models.run import Sampled, Settings, sample, steps_left
 from tome_sampler.overlay import to_bytes
+from tome_sampler.saving import write_whole
 
 _MARGIN, _LINE = 8, 20
 _INK, _PAPER = (30, 30, 34), (250, 250, 248)
@@ -219,15 +220,13 @@ def _write(
 
 
 def _report(request: Request, rows: list[dict[str, Any]], path: Path) -> None:
-    """Save what was drawn so far, whole: a reader finds the old report or the new one."""
+    """Save what was drawn so far."""
     report = {
         "request": asdict(request),
         "pictures": rows,
         "versions": {"tome_sampler": tome_sampler.__version__, "torch": torch.__version__},
     }
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    part.replace(path)
+    write_whole(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
 def side_by_side(panels: Sequence[Image.Image], titles: tuple[str, ...], above: str) -> Image.Image:

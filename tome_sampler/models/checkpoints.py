@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tome_sampler.bench.memory import free_memory
+from tome_sampler.bench.memory import require_memory
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _PICKLED = (
@@ -82,7 +82,7 @@ def load_pipeline(
         if path.is_file():
             kind = _kind_of_file(path, allow_pickle)
             need = max(_size_of([path], dtype), path.stat().st_size)  # all of it is held until it is cast
-            _require_memory(need, "cpu", f"reading {path.name}", dtype)
+            require_memory(need, torch.device("cpu"), f"reading {path.name}", _less(dtype))
             if config is not None:
                 options |= {"config": config, "local_files_only": Path(config).is_dir()}
             pipe = getattr(diffusers, kind).from_single_file(str(path), **options)
@@ -147,15 +147,12 @@ def _check_device(pipe: Any, device: str, dtype: torch.dtype) -> None:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     if not device.startswith("cpu"):
-        _require_memory(need, device, "holding the weights", dtype)
+        require_memory(need, torch.device(device), "the weights", _less(dtype))
 
 
-def _require_memory(need: float, device: str, what: str, dtype: torch.dtype) -> None:
-    """Say beforehand what will not fit: less than `need` bytes and a tenth of them are free."""
-    free = free_memory(torch.device(device))
-    if free is not None and need * 1.1 > free:
-        less = "; --dtype bf16 takes half" if dtype == torch.float32 else ""
-        raise ValueError(f"{what} takes {need / 2**30:.1f} GB of memory, and {free / 2**30:.1f} GB are free{less}")
+def _less(dtype: torch.dtype) -> str:
+    """What takes less memory than reading weights as a dtype."""
+    return "; --dtype bf16 takes half" if dtype == torch.float32 else ""
 
 
 def _kind_of_file(path: Path, allow_pickle: bool) -> str:
@@ -228,4 +225,4 @@ def _check_weights(folders: Mapping[str, Path], what: str, dtype: torch.dtype, a
         if found and not safe and not allow_pickle:
             raise ValueError(f"{start}{found[0].name} {_PICKLED}")
         read += safe or found
-    _require_memory(_size_of(read, dtype), "cpu", f"reading {what}", dtype)
+    require_memory(_size_of(read, dtype), torch.device("cpu"), f"reading {what}", _less(dtype))

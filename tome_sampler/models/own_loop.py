@@ -15,7 +15,7 @@ from torch import Tensor
 import tome_sampler
 from tome_sampler.config import MergeConfig
 from tome_sampler.models.pipeline import PipelineModel
-from tome_sampler.models.run import Sampled, Settings
+from tome_sampler.models.run import Sampled, Settings, steps_left
 from tome_sampler.session import MergeSession
 
 _DISTILLED = ("LCMScheduler", "TCDScheduler")  # diffusers says of these that nothing goes with them, and all do
@@ -35,7 +35,7 @@ def calls_of(model: PipelineModel, steps: int, scheduler: str = "", strength: fl
     with _scheduler(pipe, scheduler):
         made = copy.deepcopy(pipe.scheduler)
     made.set_timesteps(steps)
-    skipped = 0 if strength is None else steps - _left(steps, strength)
+    skipped = 0 if strength is None else steps - steps_left(steps, strength, int)  # as pipelines round
     return len(made.timesteps) - skipped * int(made.order)
 
 
@@ -65,7 +65,7 @@ def sample_in_pipeline(
     model.latent_shape(settings.size)  # which says what is wrong with a size
     pipe, options = model.pipe, {}
     if image is not None:
-        _left(settings.steps, strength)  # which says what is wrong with it
+        steps_left(settings.steps, strength, int)  # which says what is wrong with it
         pipe = _from_picture(pipe)
         options = {"image": (image + 1) / 2, "strength": strength}
     else:
@@ -105,15 +105,6 @@ def sample_in_pipeline(
         pictures = model.pictures(drawn.images if settings.frames is None else drawn.frames)
         seconds = time.perf_counter() - started
         return Sampled(pictures, seconds, seconds, None if session is None else session.stats.to_dict())
-
-
-def _left(steps: int, strength: float) -> int:
-    """Of a run that starts from a picture, the steps that are run. Pipelines round down, where
-    :func:`tome_sampler.models.run.steps_left` rounds."""
-    left = int(steps * strength) if 0 <= strength <= 1 else 0
-    if left < 1:
-        raise ValueError(f"strength is {strength:g}; it must be at most 1 and leave one of {steps} steps, rounded down")
-    return left
 
 
 def _from_picture(pipe: Any) -> Any:

@@ -70,13 +70,13 @@ class Noise:
         return torch.stack([torch.randn(self._shape, generator=generator) for generator in self._generators])
 
 
-def steps_left(steps: int, strength: float) -> int:
-    """Of a run that starts from a picture, the steps that are run.
+def steps_left(steps: int, strength: float, whole: Callable[[float], int] = round) -> int:
+    """Of a run that starts from a picture, the steps that are run. whole: makes a whole number of them.
 
     Raises:
         ValueError: the strength is not in 0 .. 1, or leaves none.
     """
-    left = round(steps * strength) if 0 <= strength <= 1 else 0
+    left = whole(steps * strength) if 0 <= strength <= 1 else 0
     if left < 1:
         raise ValueError(f"strength is {strength:g}; it must be a number from 0 to 1 that leaves one of {steps} steps")
     return left
