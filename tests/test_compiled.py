@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tome_sampler import MergeConfig, ModelCall, merging
+from tome_sampler.hosts import compiled as compiled_hooks
+from tome_sampler.hosts import modules
 
 FIXED = MergeConfig(threshold=None, min_tokens=0)
 TIMES = (900, 800, 500, 300, 200, 20)
@@ -151,3 +153,33 @@ def test_an_eager_call_after_compiled_ones_is_told_of_by_itself() -> None:
     assert sigmas == sorted(sigmas, reverse=True)
     assert len(set(sigmas)) == 3
     assert not session.stats.notes
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch knows no such mark")
+def test_the_compiler_leaves_merging_and_nothing_else_out_of_its_cuda_graphs() -> None:
+    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+
+    left_out: list[str] = []
+
+    def see(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        left_out.extend(str(node.target) for node in graph.graph.nodes if is_cudagraph_unsafe_fx_node(node))
+        return graph.forward
+
+    unet = tiny_unet()
+    with merging(unet, FIXED, branches=("uncond", "cond")) as session:
+        call(torch.compile(unet, backend=see, fullgraph=True), 800)
+        layers = len(session.stats.calls[0].layers)
+    assert layers
+    assert sorted(left_out) == ["tome_sampler.begin.default"] + ["tome_sampler.merge.default"] * layers
+
+
+def test_a_cuda_graph_is_not_captured_with_a_step_s_decisions_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tiny_unet()
+    plain = call(unet, 800)
+    for hooks in (modules, compiled_hooks):
+        monkeypatch.setattr(hooks, "is_captured", lambda x: True)
+    with merging(unet, FIXED, branches=("uncond", "cond")) as session:
+        assert torch.equal(call(unet, 800), plain)
+        assert [note for note in session.stats.notes if "CUDA graph" in note]
+        with pytest.raises(RuntimeError, match=r"torch 2\.9 or newer"):
+            call(torch.compile(unet, backend="eager"), 800)

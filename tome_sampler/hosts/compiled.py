@@ -3,10 +3,15 @@
 New pairs, new importance and another noise level then need no new graph, and nothing of ours breaks one. That takes
 lengths that are known beforehand, so it holds for a fixed ratio: one graph for a whole run, or two if more is merged in
 its early part. With a threshold, or a start or an end, merging works too, but each merged layer breaks the graph.
+
+A CUDA graph replays kernels and asks nobody: a decision inside it would be the first step's for ever. So the operators
+are marked as what the compiler runs between its CUDA graphs (``mode="reduce-overhead"``); where it knows no such mark
+they refuse to be captured.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable
@@ -22,6 +27,12 @@ from tome_sampler.session import Layer, MergeSession, ModelCall
 
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)
 """Whether the compiler is looking at the code that asks."""
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether what is done with x now is written down for a CUDA graph, to be done again and again."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
 
 _numbers = itertools.count()
 _at_work: weakref.WeakValueDictionary[int, Compiled] = weakref.WeakValueDictionary()
@@ -234,6 +245,11 @@ def _merge_fake(x: Tensor, metric: Tensor, run: int, number: int, m: int, early:
 
 def _begin_op(x: Tensor, time: Tensor, run: int) -> Tensor:
     compiled = _at_work.get(run)
+    if compiled is not None and is_captured(x):
+        raise RuntimeError(
+            "merging decides in each step, which a CUDA graph cannot: compile without mode='reduce-overhead' and "
+            "'max-autotune', or with torch 2.9 or newer, which leaves merging out of its CUDA graphs"
+        )
     if compiled is not None:
         compiled.begin_now(x, time)
     return x.clone()
@@ -256,9 +272,12 @@ def _seen_fake(out: Tensor, run: int) -> Tensor:
 
 _begin, _merge, _seen = _begin_op, _merge_op, _seen_op
 if hasattr(torch.library, "custom_op"):
-    _begin = torch.library.custom_op("tome_sampler::begin", _begin_op, mutates_args=())
+    _outside: dict[str, Any] = {}
+    if "tags" in inspect.signature(torch.library.custom_op).parameters and hasattr(torch.Tag, "cudagraph_unsafe"):
+        _outside["tags"] = torch.Tag.cudagraph_unsafe
+    _begin = torch.library.custom_op("tome_sampler::begin", _begin_op, mutates_args=(), **_outside)
     _begin.register_fake(_begin_fake)
-    _merge = torch.library.custom_op("tome_sampler::merge", _merge_op, mutates_args=())
+    _merge = torch.library.custom_op("tome_sampler::merge", _merge_op, mutates_args=(), **_outside)
     _merge.register_fake(_merge_fake)
-    _seen = torch.library.custom_op("tome_sampler::seen", _seen_op, mutates_args=())
+    _seen = torch.library.custom_op("tome_sampler::seen", _seen_op, mutates_args=(), **_outside)
     _seen.register_fake(_seen_fake)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tome_sampler.attention import has_own_attention, own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
-from tome_sampler.hosts.compiled import Compiled, is_compiling
+from tome_sampler.hosts.compiled import Compiled, is_captured, is_compiling
 from tome_sampler.hosts.families import mergeable, require_known
 from tome_sampler.hosts.pipelines import PipelineCalls, is_pipeline, writes_reference
 from tome_sampler.pairing import Pairing
@@ -282,11 +282,19 @@ class _Attachment:
         # a compiled call tells of itself, and nobody ends it
         current = self.session.current
         if not self.session.suspended and (current is None or current is self._compiled.own_call):
-            call = self._describe(module, args, kwargs)
+            call = self._of(module, args, kwargs)
             if call is not None:
                 self._call = self.session.call(call)
                 self._call.__enter__()
         return None
+
+    def _of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:
+        """What a call is; one that a CUDA graph will replay passes through, as a replay asks nobody."""
+        x, _ = _latent_and_time(args, kwargs)
+        if isinstance(x, Tensor) and is_captured(x):
+            self.session.note("a CUDA graph is being captured, which cannot decide in each step: passed through")
+            return ModelCall(None, None, (), ())
+        return self._describe(module, args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._reached:
