@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tome_sampler import Pairing
 from tome_sampler.bench.report import plotter
 from tome_sampler.bench.timing import clock_of, take
-from tome_sampler.matching import cell_dst, global_match, local_match, sources_to_merge
+from tome_sampler.matching import cell_dst, global_match, largest, local_match
 
 SIDES = (32, 64, 96, 128, 192, 256)
 CHANNELS, HEADS = 320, 8
@@ -38,8 +38,8 @@ def parts(side: int, dtype: torch.dtype, device: torch.device, longest: int) -> 
     metric = x[1:]
     dst = cell_dst(torch.rand(1, n, generator=torch.Generator().manual_seed(1)).to(device), grid, 2)
     score, nearest = local_match(metric, dst, grid, 2, 1)
-    order = score.scatter(1, dst.index, -9.0).argsort(dim=1, descending=True, stable=True)
-    target = torch.where(sources_to_merge(order, n // 2), nearest, torch.arange(n, device=device))
+    merged_away = largest(score.scatter(1, dst.index, -9.0), n // 2)
+    target = torch.where(merged_away, nearest, torch.arange(n, device=device))
     pairing = Pairing.from_target(target, n - n // 2).take(torch.zeros(2, dtype=torch.long, device=device))
     merged = pairing.merge(x)
     found = {

@@ -242,6 +242,7 @@ def chart_html(stats: dict[str, Any]) -> str:
         for name, word in (("seconds_matching", "making pairs"), ("seconds_merging", "merging and unmerging"))
         if stats[name] is not None
     ]
+    spent.append(f"{stats['cache_bytes'] / 2**20:.1f} MB of pairs kept")
     return (
         f"<svg viewBox='0 0 {width} {height}' class='tome-sampler-chart' role='img' "
         f"aria-label='share of tokens kept at each model call'>{''.join(lines)}</svg>"

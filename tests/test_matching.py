@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -14,9 +15,9 @@ from tome_sampler.matching import (
     global_match,
     grid_dst,
     hashed_uniform,
+    largest,
     local_match,
     pool_dst,
-    sources_to_merge,
 )
 
 CPU = torch.device("cpu")
@@ -195,10 +196,28 @@ def test_a_match_in_chunks_is_the_match_at_once(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(part, whole)
 
 
-def test_the_first_of_an_order_are_marked_by_one_count_or_one_each() -> None:
-    order = torch.tensor([[3, 1, 0, 2], [0, 1, 2, 3]])
-    assert sources_to_merge(order, 2).int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
-    assert sources_to_merge(order, torch.tensor([[0], [3]])).int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 0]]
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_the_largest_are_the_first_of_a_stable_order(levels: int) -> None:
+    key = torch.randint(levels, (5, 200)).float() / levels  # of three levels, most are alike
+    key[:, ::7] = -math.inf
+    order = key.argsort(dim=1, descending=True, stable=True)
+    for count in (1, 70, 171, 200):
+        expected = torch.zeros_like(key, dtype=torch.bool).scatter_(1, order[:, :count], True)
+        assert torch.equal(largest(key, count), expected)
+    counts = torch.tensor([[0], [1], [70], [171], [200]])
+    for most in (None, 200):
+        for row, mask in enumerate(largest(key, counts, most)):
+            assert mask.nonzero().flatten().tolist() == sorted(order[row, : counts[row]].tolist())
+    assert torch.equal(largest(key, torch.tensor([[70]]), 70), largest(key, 70))  # one for all
+
+
+def test_a_broken_model_s_tokens_do_not_change_how_many_are_the_largest() -> None:
+    for broken in (slice(0, 3), slice(0, 10), slice(None)):
+        key = torch.randn(2, 40)
+        key[0, broken] = math.nan
+        for count in (1, 5, 20, 40):
+            assert largest(key, count).sum(1).tolist() == [count, count]
+            assert largest(key, torch.tensor([[count], [0]]), count).sum(1).tolist() == [count, 0]
 
 
 def test_destinations_touch_no_generator() -> None:

@@ -464,7 +464,8 @@ def test_statistics_add_up() -> None:
     stats = session.stats.to_dict()
     assert set(stats) == {
         *("tokens_before", "tokens_after", "merged_fraction", "pairings_made", "pairings_reused"),
-        *("mean_similarity", "importance_merged", "layers", "steps", "notes", "seconds_matching", "seconds_merging"),
+        *("mean_similarity", "importance_merged", "layers", "steps", "notes", "cache_bytes"),
+        *("seconds_matching", "seconds_merging"),
     }
     assert stats["tokens_before"] == 3 * 3 * 2 * 64
     assert stats["tokens_after"] == stats["tokens_before"] // 2
@@ -492,6 +493,28 @@ def test_mean_similarity_and_importance_merged_are_what_they_say() -> None:
     assert step["mean_similarity"] == pytest.approx(float(cosine), abs=1e-5)
     share = importance.flatten()[gone].sum() / importance.sum()
     assert step["importance_merged"] == pytest.approx(float(share), abs=1e-5)
+
+
+@pytest.mark.parametrize("refresh", [Always(), SigmaRatio(2.0), Drift(0.0)])
+def test_what_is_kept_is_weighed_and_does_not_grow_with_the_run(refresh: Any) -> None:
+    def weighed(calls: int) -> tuple[int, int]:
+        session = MergeSession(preset("default", threshold=None, refresh=refresh))
+        for step in range(calls):
+            with session.call(ModelCall.chunked(8.0 * 0.9**step, SIZE, BOTH, 1)):
+                for block in range(3):
+                    pairing = session.merge(Layer(f"block{block}", block), tokens())
+                    assert pairing is not None
+                    pairing.unmerge(pairing.merge(tokens()))
+            observe(session, torch.rand(1, 8, 8))
+        storages = {t.data_ptr(): t.nbytes for p in session.pairings().values() for t in (p.row, p.size, p.head)}
+        session.release()
+        assert not session.pairings()
+        return session.stats.to_dict()["cache_bytes"], sum(storages.values())
+
+    (once, least), (often, _) = weighed(1), weighed(40)
+    assert least < once
+    assert once <= often <= 1.5 * once  # the later part of a run keeps longer sequences than the early one
+    assert often < 3 * (64 * 64 + 2 * 256 * 8)  # 64 bytes for each token of three layers, and what drift is measured on
 
 
 # -- levels and modules of a real U-Net

@@ -29,8 +29,8 @@ class Dst:
         """(b n - k) the others of n tokens, in their order; found once, for all layers that share the destinations."""
         if n not in self._sources:
             b, k = self.index.shape
-            is_dst = torch.zeros(b, n, dtype=torch.uint8, device=self.index.device).scatter_(1, self.index, 1)
-            self._sources[n] = is_dst.argsort(dim=1, stable=True)[:, : n - k]
+            is_source = torch.ones(b, n, dtype=torch.bool, device=self.index.device).scatter_(1, self.index, False)
+            self._sources[n] = _places(is_source, n - k)
         return self._sources[n]
 
     @cached_property
@@ -89,11 +89,10 @@ def pool_dst(rank: Tensor, r: int, stride: int, pool: float, seed: int) -> tuple
     n = rank.shape[1]
     k = max(n // stride**2, 1)
     members = max(min(int(pool * (n - r)), n), k)
-    order = rank.argsort(dim=1, descending=True, stable=True)
-    in_pool = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, order[:, :members], True)
+    in_pool = largest(rank, members)
     # one draw for each image's k-th token: the same image draws the same alone or in a batch
     lot = hashed_uniform(n, seed, rank.device) + in_pool
-    return Dst(lot.argsort(dim=1, descending=True, stable=True)[:, :k].sort(1).values, None), in_pool
+    return Dst(_places(largest(lot, k), k), None), in_pool
 
 
 def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
@@ -158,10 +157,28 @@ def mean_similarity(metric: Tensor, token: Tensor, other: Tensor) -> Tensor:
     return F.cosine_similarity(a, b, dim=-1, eps=1e-6).mean()
 
 
-def sources_to_merge(order: Tensor, count: Tensor | int) -> Tensor:
-    """Mask (b n) of the first `count` tokens, one number or one for each row (b 1), of an order (b n) of tokens."""
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place) < count
+def largest(key: Tensor, count: Tensor | int, most: int | None = None) -> Tensor:
+    """Mask (b n) of the `count` tokens, one number or one for each row (b 1), that have the largest keys (b n); of
+    equal keys the first ones, on every device. most: the largest of several counts.
+
+    Nothing is sorted but the keys that several counts end at: on a CPU a fifth of the time at 4096 tokens.
+    """
+    if isinstance(count, int):
+        least = key.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    else:
+        falling = key.topk(key.shape[1] if most is None else most, dim=1).values
+        least = falling.gather(1, (count - 1).clamp(min=0).expand(len(key), 1))
+    above = key > least
+    last = ~(key < least) & ~above  # NaN, from a model that is broken, too: counts stay what they are
+    return above | (last & (last.cumsum(1) <= count - above.sum(1, keepdim=True)))
+
+
+def _places(mask: Tensor, k: int) -> Tensor:
+    """(b k) where a mask (b n) of k tokens in each row is true, rising."""
+    b, n = mask.shape
+    to = (mask.cumsum(1) - 1).where(mask, k)  # the others all go to one place too many
+    token = torch.arange(n, device=mask.device).expand(b, n)
+    return torch.empty(b, k + 1, dtype=torch.long, device=mask.device).scatter_(1, to, token)[:, :k]
 
 
 def _unit(metric: Tensor) -> Tensor:

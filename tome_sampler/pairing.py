@@ -57,6 +57,11 @@ class Pairing:
         return Pairing(row, size, head, self.prune, self.padded)
 
     @property
+    def kept(self) -> list[Tensor]:
+        """All tensors that it holds by now."""
+        return [t for t in (*vars(self).values(), *self._weights.values()) if isinstance(t, Tensor)]
+
+    @property
     def target(self) -> Tensor:
         """(b n) the token that each token is represented by; inverse of :meth:`from_target`."""
         return self.head.gather(1, self.row.long()).long()

@@ -21,10 +21,10 @@ from tome_sampler.matching import (
     cell_size,
     global_match,
     grid_dst,
+    largest,
     local_match,
     mean_similarity,
     pool_dst,
-    sources_to_merge,
 )
 from tome_sampler.pairing import Pairing
 from tome_sampler.positions import position_features
@@ -99,6 +99,13 @@ class _Cached:
     lost: Tensor | None = None  # of that similarity, when last reused; not yet read
     drift: float = 0.0
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """All tensors that it holds by now."""
+        pairings = [*self.expanded.values()] if self.pairing is None else [self.pairing, *self.expanded.values()]
+        rest = [t for t in (*self.sample, self.similarity, self.lost) if t is not None]
+        return [*rest, *(tensor for pairing in pairings for tensor in pairing.kept)]
+
 
 class MergeSession:
     """The run state of token merging, and its seam: :meth:`call`, :meth:`merge`, :meth:`observe`.
@@ -130,6 +137,7 @@ class MergeSession:
         if sigmas is not None:
             self._sigmas = [float(s) for s in sigmas]
         self.stats = Stats()
+        self._grown = False  # whether the cache holds pairs that the statistics have not weighed
         self._clock = Clock(self._sigmas, self._table, self._restarts)
         self._call: ModelCall | None = None
         self._moment: Moment | None = None
@@ -177,6 +185,7 @@ class MergeSession:
             ValueError: sigma is not above 0. RuntimeError: a second run without :meth:`reset`.
         """
         moment = None if call.sigma is None else self._clock.moment(call.sigma)
+        self._weigh()  # after a call that nobody ended
         if call.images:
             self._place(call)
         if call.latent_size != self._latent_size:
@@ -190,6 +199,7 @@ class MergeSession:
 
     def end(self) -> None:
         """The model call is over."""
+        self._weigh()
         self._call = self._moment = None
         self._cells.clear()
 
@@ -375,7 +385,7 @@ class MergeSession:
         if cached is None or made:
             with self.timed("matching", metric.device):
                 cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
-            self._cache[key] = cached
+            self._cache[key], self._grown = cached, True
         elif cached.similarity is not None and cached.maker == layer.name and cached.branches & set(branches):
             cached.lost = cached.similarity - mean_similarity(self._take(metric, rows), *cached.sample)
         cached.evaluation = self._evaluation
@@ -384,6 +394,7 @@ class MergeSession:
             places = tuple(unique.index(image) for image in images)
             if places not in cached.expanded:
                 cached.expanded[places] = pairing.take(self._on_device(places, metric.device))
+                self._grown = True
             pairing = cached.expanded[places]
         return pairing, made
 
@@ -420,17 +431,17 @@ class MergeSession:
         most = min(r, n - dst.index.shape[1])
         if rank is not None and config.protect:  # nor does a ratio reach them
             most = max(min(most, n - dst.index.shape[1] - int(n * config.protect) - 1), 0)
-        count, m = _count(config, key, most)
+        count, m, most = _count(config, key, most)
         cached = _Cached(self._moment, self._evaluation, frozenset(branches), self._as_early, layer.name, None)
-        if isinstance(count, int) and count == 0:
+        if most == 0:
             return cached
-        order = key.argsort(dim=1, descending=True, stable=True)
-        merged = sources_to_merge(order, count)
+        merged = largest(key, count, most)
         target = torch.where(merged, nearest, torch.arange(n, device=nearest.device))
         ragged = config.threshold is not None and config.batch_rule == "row"
         cached.pairing = Pairing.from_target(target, m, prune, padded=ragged)
         if config.refresh.measures_drift:
             place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device) * (count - 1)
+            order = key.argsort(dim=1, descending=True, stable=True)
             token = order.gather(1, place.long().clamp(min=0).expand(len(images), -1))
             cached.sample = token, target.gather(1, token)
             cached.similarity = mean_similarity(metric, *cached.sample)
@@ -440,7 +451,16 @@ class MergeSession:
 
     # -- run state
 
+    def _weigh(self) -> None:
+        """Tell the statistics how much is kept: what several pairings share, once."""
+        if self._grown:
+            self._grown = False
+            kept = (tensor for cached in self._cache.values() for tensor in cached.kept)
+            storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in kept)}
+            self.stats.cache_bytes = max(self.stats.cache_bytes, sum(storages.values()))
+
     def _forget_size(self, latent_size: tuple[int, int] | None) -> None:
+        self._weigh()
         self._latent_size = latent_size
         self._cache: dict[tuple[int, int, tuple[int, ...]], _Cached] = {}
         self._importance = None
@@ -493,18 +513,18 @@ class MergeSession:
         return zlib.crc32(repr((self.config.seed, block, level)).encode())
 
 
-def _count(config: MergeConfig, key: Tensor, most: int) -> tuple[Tensor | int, int]:
-    """How many tokens each row merges, and the length of the merged sequence. Waits for the device only with a
-    threshold, whose count the host must know."""
+def _count(config: MergeConfig, key: Tensor, most: int) -> tuple[Tensor | int, int, int]:
+    """How many tokens each row merges, the length of the merged sequence, and how many the row that merges most does.
+    Waits for the device only with a threshold, whose count the host must know."""
     n = key.shape[1]
     if config.threshold is None:
-        return most, n - most
+        return most, n - most, most
     least = min(int(n * config.floor), most)
     wanted = (key >= config.threshold).sum(1, keepdim=True).clamp(least, most)
     if config.batch_rule == "max":
         wanted = wanted.amax(0, keepdim=True)
-    fewest, largest = torch.stack(wanted.aminmax()).tolist()
-    return (wanted, n - fewest) if largest else (0, n)
+    fewest, most = torch.stack(wanted.aminmax()).tolist()
+    return wanted, n - fewest, most
 
 
 def _grid_of(n: int, latent_size: tuple[int, int] | None) -> tuple[int, int] | None:

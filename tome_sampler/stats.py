@@ -58,6 +58,8 @@ class Stats:
     calls: list[CallStats] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, list[_Span]] = field(default_factory=dict)
+    cache_bytes: int = 0
+    """The most that the pairs kept for later calls took at once."""
 
     @contextmanager
     def timed(self, part: str, device: torch.device) -> Iterator[None]:
@@ -98,7 +100,8 @@ class Stats:
         tokens_before, tokens_after: summed over batch rows, layers and calls, of the layers on merged levels.
         merged_fraction: 1 - after / before, 0 .. 1. mean_similarity: of merged tokens to their destinations, when
         paired, -1 .. 1, or None. importance_merged: the share of all importance on tokens that were merged away, or
-        None without importance. notes: what was passed through, and why. seconds_matching, seconds_merging: spent on
+        None without importance. notes: what was passed through, and why. cache_bytes: the most that the pairs kept for
+        later calls took at once. seconds_matching, seconds_merging: spent on
         making pairs, and on merging and unmerging, or None in a session that is not timed.
         """
         names = dict.fromkeys(name for call in self.calls for name in call.layers)
@@ -114,6 +117,7 @@ class Stats:
                 for call in self.calls
             ],
             "notes": list(self.notes),
+            "cache_bytes": self.cache_bytes,
             **{f"seconds_{part}": self._seconds(part) for part in ("matching", "merging")},
         }
 
