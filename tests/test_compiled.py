@@ -183,3 +183,26 @@ def test_a_cuda_graph_is_not_captured_with_a_step_s_decisions_in_it(monkeypatch:
         assert [note for note in session.stats.notes if "CUDA graph" in note]
         with pytest.raises(RuntimeError, match=r"torch 2\.9 or newer"):
             call(torch.compile(unet, backend="eager"), 800)
+
+
+def test_where_the_compiler_takes_no_operators_the_model_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, config = tiny_unet(), MergeConfig(min_tokens=0)
+    plain = call(unet, 800)
+    with merging(unet, config, branches=("uncond", "cond")):
+        eager = [call(unet, t) for t in TIMES[:3]]
+    monkeypatch.setattr(modules, "HAS_OPERATORS", False)
+    for hooks in (modules, compiled_hooks):
+        monkeypatch.setattr(hooks, "is_compiling", lambda: False)
+    with merging(unet, config), merging(unet, config, branches=("uncond", "cond")):
+        compiled = torch.compile(unet, backend="eager")
+        for t, picture in zip(TIMES[:3], eager, strict=True):
+            assert torch.equal(call(compiled, t), picture)
+    assert "forward" not in vars(unet)
+    assert torch.equal(call(torch.compile(unet, backend="eager"), 800), plain)
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "infer_schema"), reason="this torch infers none")
+@pytest.mark.parametrize("name", ["begin", "merge", "seen"])
+def test_operators_are_told_the_schema_that_their_functions_have(name: str) -> None:
+    inferred = torch.library.infer_schema(getattr(compiled_hooks, f"_{name}_op"), mutates_args=())
+    assert str(getattr(torch.ops.tome_sampler, name).default._schema) == f"tome_sampler::{name}{inferred}"

@@ -144,7 +144,7 @@ def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | No
     if not has_own_attention(module):
         return None
     heads: Any = module.heads
-    to_q, to_k, to_v, to_out = (module.get_submodule(name) for name in _PROJECTIONS)
+    to_q, to_k, to_v, to_out = [getattr(module, name) for name in _PROJECTIONS]
     q, k, v = (rearrange(to(x), "b m (h d) -> b h m d", h=heads) for to in (to_q, to_k, to_v))
     bias = log_size.clamp(min=_NEVER).to(q.dtype)[:, None, None]
     form = FORM.get(x.device.type, "channel")

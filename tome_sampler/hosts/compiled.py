@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,34 @@ from torch.nn import functional
 from tome_sampler.attention import has_own_attention, own_attention
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
-is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)
+HAS_OPERATORS = hasattr(torch.library, "custom_op")
+"""Whether this torch, 2.4 or newer, takes operators of ours into its graphs."""
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling if HAS_OPERATORS else lambda: False
 """Whether the compiler is looking at the code that asks."""
+
+
+def run_uncompiled(root: nn.Module) -> None:
+    """Let a model run as it is written, inside ``torch.compile`` too, until :func:`run_as_before`: for a torch whose
+    compiler cannot take our operators and would take a step's decisions for constants."""
+    own, forward = vars(root), root.forward
+    if hasattr(own.get("forward"), _BEFORE):
+        return
+
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        compiler: Any = sys.modules.get("torch._dynamo")  # slow to import, and there if anything was compiled
+        return (forward if compiler is None else compiler.disable(forward))(*args, **kwargs)
+
+    setattr(uncompiled, _BEFORE, own.get("forward"))
+    own["forward"] = uncompiled
+
+
+def run_as_before(root: nn.Module) -> None:
+    """Undo :func:`run_uncompiled`, if nobody else has put another forward in its place since."""
+    own = vars(root)
+    if hasattr(own.get("forward"), _BEFORE):
+        before = getattr(own.pop("forward"), _BEFORE)
+        if before is not None:
+            own["forward"] = before
 
 
 def is_captured(x: Tensor) -> bool:
@@ -34,6 +61,7 @@ def is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+_BEFORE = "before_tome_sampler"
 _numbers = itertools.count()
 _at_work: weakref.WeakValueDictionary[int, Compiled] = weakref.WeakValueDictionary()
 
@@ -271,13 +299,24 @@ def _seen_fake(out: Tensor, run: int) -> Tensor:
 
 
 _begin, _merge, _seen = _begin_op, _merge_op, _seen_op
-if hasattr(torch.library, "custom_op"):
+if HAS_OPERATORS:
     _outside: dict[str, Any] = {}
     if "tags" in inspect.signature(torch.library.custom_op).parameters and hasattr(torch.Tag, "cudagraph_unsafe"):
         _outside["tags"] = torch.Tag.cudagraph_unsafe
-    _begin = torch.library.custom_op("tome_sampler::begin", _begin_op, mutates_args=(), **_outside)
-    _begin.register_fake(_begin_fake)
-    _merge = torch.library.custom_op("tome_sampler::merge", _merge_op, mutates_args=(), **_outside)
-    _merge.register_fake(_merge_fake)
-    _seen = torch.library.custom_op("tome_sampler::seen", _seen_op, mutates_args=(), **_outside)
-    _seen.register_fake(_seen_fake)
+
+    def _operator(name: str, schema: str, function: Any, fake: Any) -> Any:
+        # torch 2.4 cannot read a schema off annotations that are strings
+        operator = torch.library.custom_op(
+            f"tome_sampler::{name}", function, mutates_args=(), schema=schema, **_outside
+        )
+        operator.register_fake(fake)
+        return operator
+
+    _begin = _operator("begin", "(Tensor x, Tensor time, SymInt run) -> Tensor", _begin_op, _begin_fake)
+    _merge = _operator(
+        "merge",
+        "(Tensor x, Tensor metric, SymInt run, SymInt number, SymInt m, bool early) -> (Tensor, Tensor, Tensor)",
+        _merge_op,
+        _merge_fake,
+    )
+    _seen = _operator("seen", "(Tensor out, SymInt run) -> Tensor", _seen_op, _seen_fake)

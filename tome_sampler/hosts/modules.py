@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from tome_sampler.attention import has_own_attention, own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
-from tome_sampler.hosts.compiled import Compiled, is_captured, is_compiling
+from tome_sampler.hosts.compiled import (
+    HAS_OPERATORS,
+    Compiled,
+    is_captured,
+    is_compiling,
+    run_as_before,
+    run_uncompiled,
+)
 from tome_sampler.hosts.families import mergeable, require_known
 from tome_sampler.hosts.pipelines import PipelineCalls, is_pipeline, writes_reference
 from tome_sampler.pairing import Pairing
@@ -342,7 +349,8 @@ def _latent_and_time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     named = [kwargs[k] for k in ("timestep", "timesteps", "t", "sigma") if k in kwargs]
     # PixArt's second argument is its text, and has more dimensions
     placed = [a for a in args[1:2] if isinstance(a, (int, float)) or (isinstance(a, Tensor) and a.ndim <= 1)]
-    return x, next(iter(named + placed), None)
+    times = named + placed
+    return x, times[0] if times else None
 
 
 def _call_of(
@@ -471,6 +479,8 @@ def _attach(
     for other in attachment.suspends:  # the innermost of nested sessions works, the others wait
         other.suspended = True
     _attached.setdefault(root, []).append(attachment)
+    if not HAS_OPERATORS and failed is None:  # the WebUIs compile nothing
+        run_uncompiled(root)
     return attachment
 
 
@@ -490,6 +500,7 @@ def _remove(root: nn.Module, attachment: _Attachment) -> None:
         attachment.session.release()
         if not stack:
             del _attached[root]
+            run_as_before(root)
         above = next((a for those in _attached.values() for a in those if attachment.session in a.suspends), None)
         if above is not None:  # taken off out of turn: what waited for it waits for the one that it waited for
             above.suspends.remove(attachment.session)
