@@ -17,17 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from tome_sampler import Pairing
 from tome_sampler.bench.report import plotter
 from tome_sampler.bench.timing import clock_of, take
-from tome_sampler.matching import cell_dst, global_match, largest, local_match
+from tome_sampler.matching import Dst, cell_dst, global_match, largest, local_match
 
 SIDES = (32, 64, 96, 128, 192, 256)
 CHANNELS, HEADS = 320, 8
 PARTS = ("merge", "unmerge", "copy", "local match", "global match", "attention saved")
+
+
+def half_merged(dst: Dst, score: Tensor, nearest: Tensor) -> Pairing:
+    """Half of the tokens merged, as a match (1 n) says, for cond and uncond alike."""
+    n = score.shape[1]
+    merged_away = largest(score.scatter(1, dst.index, -9.0), n // 2)
+    target = torch.where(merged_away, nearest, torch.arange(n, device=score.device))
+    return Pairing.from_target(target, n - n // 2).take(torch.zeros(2, dtype=torch.long, device=score.device))
+
+
+def destinations(side: int, device: torch.device) -> Dst:
+    """One in each cell of side x side tokens, by an importance that is drawn."""
+    return cell_dst(torch.rand(1, side * side, generator=torch.Generator().manual_seed(1)).to(device), (side, side), 2)
 
 
 def parts(side: int, dtype: torch.dtype, device: torch.device, longest: int) -> dict[str, Callable[[], Any]]:
@@ -36,11 +50,8 @@ def parts(side: int, dtype: torch.dtype, device: torch.device, longest: int) -> 
     n, grid = side * side, (side, side)
     x = torch.randn(2, n, CHANNELS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     metric = x[1:]
-    dst = cell_dst(torch.rand(1, n, generator=torch.Generator().manual_seed(1)).to(device), grid, 2)
-    score, nearest = local_match(metric, dst, grid, 2, 1)
-    merged_away = largest(score.scatter(1, dst.index, -9.0), n // 2)
-    target = torch.where(merged_away, nearest, torch.arange(n, device=device))
-    pairing = Pairing.from_target(target, n - n // 2).take(torch.zeros(2, dtype=torch.long, device=device))
+    dst = destinations(side, device)
+    pairing = half_merged(dst, *local_match(metric, dst, grid, 2, 1))
     merged = pairing.merge(x)
     found = {
         "merge": lambda: pairing.merge(x),

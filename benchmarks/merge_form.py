@@ -17,27 +17,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from growth import destinations, half_merged, repeated
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from tome_sampler import Pairing
 from tome_sampler.bench.timing import clock_of, take
-from tome_sampler.matching import cell_dst, global_match, largest
+from tome_sampler.matching import global_match
 
 SHAPES = {"SD 1.5, 512 x 512": (64, 320), "SD 1.5, 1024 x 1024": (128, 320), "embedded": (64, 48)}  # side, channels
 LONGEST = 64  # side up to which the form that grows with the square runs
 AS_IT_IS = "as it is in the package"
-
-
-def paired(x: Tensor, side: int) -> Pairing:
-    """Half of the tokens of x (2 n c) merged, for both rows alike."""
-    n = side * side
-    rank = torch.rand(1, n, generator=torch.Generator().manual_seed(1)).to(x.device)
-    dst = cell_dst(rank, (side, side), 2)
-    score, nearest = global_match(x[1:], dst)
-    target = torch.where(largest(score, n // 2), nearest, torch.arange(n, device=x.device))
-    return Pairing.from_target(target, n - n // 2).take(torch.zeros(2, dtype=torch.long, device=x.device))
 
 
 def merges(x: Tensor, pairing: Pairing) -> dict[str, Callable[[], Tensor]]:
@@ -120,7 +111,8 @@ def main() -> None:
     bar = tqdm(total=len(SHAPES) * (args.rounds + 1), unit="round")
     for name, (side, channels) in SHAPES.items():
         x = torch.randn(2, side * side, channels, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        pairing = paired(x, side)
+        dst = destinations(side, device)
+        pairing = half_merged(dst, *global_match(x[1:], dst))
         y = pairing.merge(x)
         mean = torch.zeros(2, *y.shape[1:], dtype=torch.float64, device=device)
         mean.scatter_add_(1, pairing.row.long()[..., None].expand_as(x), x.double()).div_(pairing.size[..., None])
@@ -143,7 +135,7 @@ def main() -> None:
         for number in range(args.rounds + 1):
             for key, call in order.sample(list(forms.items()), len(forms)):
                 call()
-                _, taken = take(partial(_several, call, 4), device)
+                _, taken = take(partial(repeated, call, 4), device)
                 if number:  # the first one warms up
                     times[key].append(taken.seconds / 4 * 1e3)
             bar.update()
@@ -154,12 +146,6 @@ def main() -> None:
         for key, milliseconds in medians.items():
             share = milliseconds / medians["merge", "copy"]
             bar.write(f"| {key[0]} | {key[1]} | {milliseconds:.3f} | {share:.2f}x | {errors[key]:.1e} |")
-
-
-def _several(call: Callable[[], Tensor], times: int) -> None:
-    """Keeps nothing: memory that is new each time would cost more than what is measured."""
-    for _ in range(times):
-        call()
 
 
 if __name__ == "__main__":

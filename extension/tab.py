@@ -237,18 +237,18 @@ def chart_html(stats: dict[str, Any]) -> str:
     )
     made, reused = stats["pairings_made"], stats["pairings_reused"]
     similarity = stats["mean_similarity"]
-    spent = [
+    costs = [
         f"{stats[name]:.2f} s {word}"
         for name, word in (("seconds_matching", "making pairs"), ("seconds_merging", "merging and unmerging"))
         if stats[name] is not None
     ]
-    spent.append(f"{stats['cache_bytes'] / 2**20:.1f} MB of pairs kept")
+    costs.append(f"{stats['cache_bytes'] / 2**20:.1f} MB of pairs kept")
     return (
         f"<svg viewBox='0 0 {width} {height}' class='tome-sampler-chart' role='img' "
         f"aria-label='share of tokens kept at each model call'>{''.join(lines)}</svg>"
         f"<p>Tokens kept, of a batch: {', '.join(legend)}. Dots: new pairs. Made {made}, reused {reused}"
         + (f", mean similarity {similarity:.3f}" if similarity is not None else "")
-        + f".</p><p>{', '.join(spent)}</p>"
+        + f".</p><p>{', '.join(costs)}</p>"
     )
 
 

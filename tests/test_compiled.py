@@ -177,7 +177,7 @@ def test_a_cuda_graph_is_not_captured_with_a_step_s_decisions_in_it(monkeypatch:
     unet = tiny_unet()
     plain = call(unet, 800)
     for hooks in (modules, compiled_hooks):
-        monkeypatch.setattr(hooks, "is_captured", lambda x: True)
+        monkeypatch.setattr(hooks, "is_captured", lambda: True)
     with merging(unet, FIXED, branches=("uncond", "cond")) as session:
         assert torch.equal(call(unet, 800), plain)
         assert [note for note in session.stats.notes if "CUDA graph" in note]
@@ -193,12 +193,20 @@ def test_where_the_compiler_takes_no_operators_the_model_runs_uncompiled(monkeyp
     monkeypatch.setattr(modules, "HAS_OPERATORS", False)
     for hooks in (modules, compiled_hooks):
         monkeypatch.setattr(hooks, "is_compiling", lambda: False)
+    seen: list[Any] = []
+
+    def see(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
     with merging(unet, config), merging(unet, config, branches=("uncond", "cond")):
-        compiled = torch.compile(unet, backend="eager")
+        compiled = torch.compile(unet, backend=see)
         for t, picture in zip(TIMES[:3], eager, strict=True):
             assert torch.equal(call(compiled, t), picture)
+    assert nn.functional.scaled_dot_product_attention not in seen
     assert "forward" not in vars(unet)
-    assert torch.equal(call(torch.compile(unet, backend="eager"), 800), plain)
+    assert torch.equal(call(torch.compile(unet, backend=see), 800), plain)
+    assert nn.functional.scaled_dot_product_attention in seen
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "infer_schema"), reason="this torch infers none")

@@ -116,12 +116,11 @@ class TomeSd(_Peer):
 class CaTome(_Peer):
     """ca-tome: pairs by a threshold, kept between the steps of its best list, which count from 1."""
 
-    merges, phases = True, ("refresh", "reuse")
+    merges, varies, phases = True, True, ("refresh", "reuse")
 
     def __init__(self, name: str, host: Host, arguments: dict[str, Any]) -> None:
         super().__init__("ca-tome", host)
         self.name, self._arguments = name, arguments
-        self.varies = host.architecture.trained
         self._list: list[int] = self.package.CacheConf.CONFIG_3
         self._alone: int | None = None
 

@@ -56,9 +56,9 @@ def run_as_before(root: nn.Module) -> None:
             own["forward"] = before
 
 
-def is_captured(x: Tensor) -> bool:
-    """Whether what is done with x now is written down for a CUDA graph, to be done again and again."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def is_captured() -> bool:
+    """Whether what is done now is written down for a CUDA graph, to be done again and again."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 _BEFORE = "before_tome_sampler"
@@ -273,7 +273,7 @@ def _merge_fake(x: Tensor, metric: Tensor, run: int, number: int, m: int, early:
 
 def _begin_op(x: Tensor, time: Tensor, run: int) -> Tensor:
     compiled = _at_work.get(run)
-    if compiled is not None and is_captured(x):
+    if compiled is not None and is_captured():
         raise RuntimeError(
             "merging decides in each step, which a CUDA graph cannot: compile without mode='reduce-overhead' and "
             "'max-autotune', or with torch 2.9 or newer, which leaves merging out of its CUDA graphs"
