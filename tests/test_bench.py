@@ -456,6 +456,10 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         (["--arch", "sd3"], "arch is 'sd3'; it must be one of sd15, sd21, sdxl, pixart, animatediff, embedded, tiny"),
         (["--size", "500"], "size is '500'; it must be a multiple of 64 from 512 to 2048"),
         (["--size", "4096"], "size is '4096'; it must be a multiple of 64 from 512 to 2048"),
+        (
+            ["--arch", "embedded", "--size", "48"],
+            "it must be a multiple of 64 from 512 to 2048 or a multiple of 32 from 32",
+        ),
         (["--batch", "0"], "batch is '0'; it must be a whole number from 1 to 64"),
         (["--frames", "4"], "frames is 4; it must be left out with arch tiny"),
         (["--arch", "animatediff", "--frames", "33"], "frames is 33; it must be from 1 to 32"),
@@ -520,6 +524,28 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_each_model_is_measured_at_the_sizes_that_it_has(tmp_path: Path) -> None:
+    """The embedded one at small ones, too, where its layers are left alone, and never in silence at another one."""
+    arguments = [
+        "bench",
+        "--arch",
+        "embedded,tiny",
+        "--size",
+        "32",
+        "--methods",
+        "default",
+        "--repeats",
+        "1",
+        "--quiet",
+    ]
+    assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert {(row["arch"], row["size"]) for row in data["results"]} == {("embedded", 32), ("tiny", 128)}
+    assert {"plain", "default"} == {row["method"].partition("/")[0] for row in data["results"] if row["size"] == 32}
+    assert "tiny cannot be measured at 32 pixels: it is at 128" in data["machine"]["notes"]
+    assert "default merges nothing in embedded at 32 pixels" in data["machine"]["notes"]
 
 
 def test_pairs_that_are_made_anew_by_what_is_seen_are_noted(host: Host) -> None:

@@ -18,6 +18,7 @@ from tome_sampler.bench.memory import require_memory
 Prediction = Literal["eps", "v"]
 _DOWN, _UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 _CAPTION = 120  # tokens of PixArt-alpha's
+SIZES = range(512, 2049, 64)  # pixels
 
 
 def call_unet(model: nn.Module, x: Tensor, timestep: Tensor, conditioning: dict[str, Any]) -> Tensor:
@@ -59,17 +60,18 @@ def conditioning_of_pixart(
 class Architecture:
     """A model that can be measured.
 
-    config: as published, of the diffusers class `model`. size: pixels, for a model that has only one. scale: pixels for
-    each latent's side. frames: of a clip, where it draws clips. betas: the first and the last one of its noise
-    schedule; between them they lie on a line, or, unless `linear`, their roots do. trained: its weights are real, so
-    that presets run as they are. settings: of presets, where the model needs others. call, conditioning: how it is
-    called, and with what beside latent and timestep.
+    config: as published, of the diffusers class `model`. sizes: that it can be measured at, pixels a side. size: the
+    usual one. scale: pixels for each latent's side. frames: of a clip, where it draws clips. betas: the first and the
+    last one of its noise schedule; between them they lie on a line, or, unless `linear`, their roots do. trained: its
+    weights are real, so that presets run as they are. settings: of presets, where the model needs others. call,
+    conditioning: how it is called, and with what beside latent and timestep.
     """
 
     config: Mapping[str, Any]
     model: str = "UNet2DConditionModel"
     prediction: Prediction = "eps"
-    size: int | None = None
+    sizes: range = SIZES
+    size: int = 512
     scale: int = 8
     frames: int | None = None
     betas: tuple[float, float] = (0.00085, 0.012)
@@ -158,7 +160,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         frames=16,
         linear=True,
     ),
-    "embedded": Architecture({}, prediction="v", size=128, scale=2, trained=True),
+    "embedded": Architecture({}, prediction="v", sizes=range(32, 257, 32), size=128, scale=2, trained=True),
     "tiny": Architecture(  # for tests: the same blocks, on 256 and 64 tokens
         {
             **_STABLE_DIFFUSION,

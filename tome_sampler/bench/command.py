@@ -19,6 +19,7 @@ the other packages do not run: they are made for Stable Diffusion's U-Nets.
 
 examples:
   tome-sampler bench --arch embedded --quick
+  tome-sampler bench --arch embedded --size 32,64,96 --methods plain,default --steps 20
   tome-sampler bench --arch sd15 --size 512 --methods plain,bound,tomesd,ca_tome,default
   tome-sampler bench --arch sd15,sdxl --size 512,1024 --dtype bf16 --steps 20,50 --json bench.json --plot bench.png
   tome-sampler bench --arch sd15 --device cuda --dtype fp16 --backend flash --batch 1,4 --methods default:ratio=0.7
@@ -52,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--size",
-        default="512",
         metavar="N,M",
-        help="pixels a side, multiples of 64 from 512 to 2048; embedded and tiny have 128 (default %(default)s)",
+        help="pixels a side, multiples of 64 from 512 to 2048 (default 512); embedded: multiples of 32 from 32 to 256 "
+        "(default 128, as it was trained)",
     )
     model.add_argument(
         "--batch", default="1", metavar="N,M", help="images; guidance doubles them (default %(default)s)"

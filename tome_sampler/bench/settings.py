@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from tome_sampler.bench.architectures import ARCHITECTURES, Architecture
+from tome_sampler.bench.architectures import ARCHITECTURES, SIZES, Architecture
 from tome_sampler.bench.backends import BACKENDS
 from tome_sampler.bench.chosen import Chosen, choose
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.methods import Method
 from tome_sampler.models import DTYPES
 
-SIZES = (512, 2048, 64)  # the least, the most, and what they must be multiples of
+LOADED = ("sd15", "sd21", "sdxl")  # that there are checkpoints for
 MOST_FRAMES = 32  # that AnimateDiff's motion modules have positions for
 
 
@@ -48,15 +48,17 @@ class Settings:
         Raises:
             ValueError: a value is out of its range; one line that names both. ImportError: a package is missing.
         """
-        steps = tuple(n for n in _numbers("steps", args.steps, 0, 1000) if n)
+        steps = tuple(n for n in _numbers("steps", args.steps, range(1001)) if n)
         if 1 in steps:
             raise ValueError("steps is 1; it must be 0, for single steps only, or from 2 to 1000")
         chosen, bound, notes = choose(args.methods, quick=args.quick, runs=bool(steps))
+        archs = tuple(dict.fromkeys(one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(",")))
+        known = dict.fromkeys([SIZES, *(ARCHITECTURES[arch].sizes for arch in archs)])
         settings = cls(
-            archs=tuple(dict.fromkeys(one_of("arch", name, tuple(ARCHITECTURES)) for name in args.arch.split(","))),
+            archs=archs,
             checkpoint=args.checkpoint,
-            sizes=_numbers("size", args.size, *SIZES),
-            batches=_numbers("batch", args.batch, 1, 64),
+            sizes=() if args.size is None else _numbers("size", args.size, *known),
+            batches=_numbers("batch", args.batch, range(1, 65)),
             frames=None if args.frames is None else in_range("frames", args.frames, 1, MOST_FRAMES),
             dtype=one_of("dtype", args.dtype, tuple(DTYPES)),
             device=device_of(args.device),
@@ -77,10 +79,9 @@ class Settings:
     def _check(self) -> None:
         """What goes together."""
         for name in self.archs:
-            loads = len(self.archs) == 1 and ARCHITECTURES[name].is_plain_unet and ARCHITECTURES[name].size is None
-            if self.checkpoint is not None and not loads:
+            if self.checkpoint is not None and (len(self.archs) > 1 or name not in LOADED):
                 raise ValueError(
-                    f"arch is {','.join(self.archs)}; with a checkpoint it must be one of sd15, sd21, sdxl"
+                    f"arch is {','.join(self.archs)}; with a checkpoint it must be one of {', '.join(LOADED)}"
                 )
             for method in self.chosen:
                 method.config(self._common(name))
@@ -94,6 +95,11 @@ class Settings:
     def trained(self, arch: str) -> bool:
         """Whether its weights are real, so that similarities mean something."""
         return ARCHITECTURES[arch].trained or self.checkpoint is not None
+
+    def sizes_of(self, arch: str) -> tuple[int, ...]:
+        """Those of the sizes that it has, or its usual one."""
+        known = ARCHITECTURES[arch]
+        return tuple(size for size in self.sizes if size in known.sizes) or (known.size,)
 
     def architecture(self, name: str) -> Architecture:
         """What is measured by this name here."""
@@ -120,12 +126,14 @@ def one_of(option: str, given: str, allowed: tuple[str, ...]) -> str:
     return given.strip()
 
 
-def _numbers(option: str, given: str, low: int, high: int, multiple: int = 1) -> tuple[int, ...]:
+def _numbers(option: str, given: str, *allowed: range) -> tuple[int, ...]:
+    """Numbers between commas, each in one of the ranges; ValueError if one is not."""
     numbers = []
     for text in given.split(","):
-        if not text.strip().isdigit() or not low <= int(text) <= high or int(text) % multiple:
-            kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
-            raise ValueError(f"{option} is {text!r}; it must be a {kind} from {low} to {high}")
+        if not text.strip().isdigit() or not any(int(text) in known for known in allowed):
+            kinds = ("whole number" if r.step == 1 else f"multiple of {r.step}" for r in allowed)
+            must = " or ".join(f"a {kind} from {r[0]} to {r[-1]}" for kind, r in zip(kinds, allowed, strict=True))
+            raise ValueError(f"{option} is {text!r}; it must be {must}")
         numbers.append(int(text))
     return tuple(dict.fromkeys(numbers))
 
