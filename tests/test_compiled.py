@@ -128,6 +128,22 @@ def test_another_size_is_merged_at_its_own_length() -> None:
             torch.testing.assert_close(call(compiled, 500, size), picture, atol=1e-5, rtol=1e-5)
 
 
+def test_layers_that_uncompiled_calls_left_alone_are_merged_in_a_compiled_one() -> None:
+    unet, config = tiny_unet(), FIXED.with_(min_tokens=100)
+    with merging(unet, config, branches=("uncond", "cond")) as session:
+        for t in (900, 890, 880):
+            call(unet, t, size=8)
+        assert not session.stats.to_dict()["merged_fraction"]
+        session.reset()
+        compiled = torch.compile(unet, backend="eager", fullgraph=True)
+        call(compiled, 900)
+        session.reset()
+        picture = call(compiled, 900)
+    with merging(unet, config, branches=("uncond", "cond")) as session:
+        torch.testing.assert_close(picture, call(unet, 900), atol=1e-5, rtol=1e-5)
+        assert session.stats.to_dict()["merged_fraction"] > 0
+
+
 @pytest.mark.parametrize("config", [FIXED, MergeConfig(min_tokens=0), FIXED.with_(modules=("block",))])
 def test_attention_that_cannot_count_its_keys_is_left_alone_and_this_is_said(config: MergeConfig) -> None:
     unet = tiny_unet()

@@ -137,6 +137,67 @@ def test_merging_goes_on_after_a_failed_call(host: tuple[nn.Module, Call], error
         assert _get_current_function_mode_stack() == []
 
 
+def hooked(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if name and (m._forward_pre_hooks or m._forward_hooks)}
+
+
+def test_layers_that_are_left_alone_have_no_hooks_until_they_may_be_wanted(host: tuple[nn.Module, Call]) -> None:
+    """A coarse level, and at a small size all of them; at another size and in another run they are asked again."""
+    model, call = host
+    before, config = trace(model), MergeConfig(min_tokens=100)
+    with merging(model, config) as session:
+        everywhere = hooked(model)
+        call(model, t=500, size=16)  # type: ignore[call-arg]
+        assert hooked(model) == everywhere
+        call(model, t=400, size=16)  # type: ignore[call-arg]
+        finest = hooked(model)
+        assert finest < everywhere  # the level of 64 tokens rests
+        assert {name for call in session.stats.calls for name in call.layers} == finest
+        for t in (300, 290):
+            call(model, t=t, size=8)  # type: ignore[call-arg]
+        assert not hooked(model)
+        assert torch.equal(call(model, t=280, size=8), call(model, t=280, size=8))  # type: ignore[call-arg]
+        merged = call(model, t=200, size=16)  # type: ignore[call-arg]
+        assert hooked(model) == everywhere
+        for _ in range(2):
+            call(model, t=200, size=8)  # type: ignore[call-arg]
+        assert not hooked(model)
+        session.reset()
+        call(model, t=500, size=8)  # type: ignore[call-arg]
+        assert hooked(model) == everywhere
+    with merging(model, config):
+        assert torch.equal(call(model, t=200, size=16), merged)  # type: ignore[call-arg]
+    assert same(before, trace(model))
+
+
+def test_an_interrupted_call_puts_nothing_to_rest(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with merging(model, MergeConfig(min_tokens=100)):
+        everywhere = hooked(model)
+        call(model, t=500, size=8)  # type: ignore[call-arg]
+        own = model.register_forward_hook(interrupt)
+        model._forward_hooks.move_to_end(own.id, last=False)  # before ours
+        with pytest.raises(KeyboardInterrupt):
+            call(model, t=400, size=8)  # type: ignore[call-arg]
+        own.remove()
+        call(model, t=300, size=16)  # type: ignore[call-arg]
+        assert hooked(model) == everywhere
+
+
+def test_without_a_known_size_every_layer_is_asked_each_time() -> None:
+    """As nothing would tell when it is to be asked again."""
+    block, context = BasicTransformerBlock(16, 8).eval(), torch.randn(2, 3, 8)
+    with torch.no_grad(), merging(block, MergeConfig(min_tokens=100)) as session:
+        for _ in range(3):
+            block(torch.randn(2, 64, 16), context)
+        block(torch.randn(2, 144, 16), context)
+    assert session.stats.to_dict()["merged_fraction"] > 0
+
+
 def test_nested_and_repeated_merging_counts_once(host: tuple[nn.Module, Call]) -> None:
     model, call = host
     plain, before = call(model), trace(model)

@@ -87,6 +87,7 @@ class Compiled:
         describe: says of a call of `root` what it is.
         layers: by their number.
         observe: is given `root` and what it returned.
+        begun: is called when a call has begun.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class Compiled:
         session: MergeSession,
         describe: Callable[..., ModelCall | None],
         layers: list[Layer],
-        observe: Callable[[nn.Module, Any], None] | None = None,
+        observe: Callable[[nn.Module, Any], None] | None,
+        begun: Callable[[], None],
     ) -> None:
         self.number = next(_numbers)
-        self.session, self.layers, self._observe = session, layers, observe
+        self.session, self.layers, self._observe, self._begun = session, layers, observe, begun
         self._root, self._describe = weakref.ref(root), describe
         self._size: tuple[int, int] | None = None
         self._levels: list[float] = []
@@ -206,13 +208,13 @@ class Compiled:
     def begin_now(self, x: Tensor, time: Tensor) -> None:
         """The root runs. A call that somebody else has told of stands."""
         current = self.session.current
-        if self.session.suspended or (current is not None and current is not self.own_call):
-            return
-        root = self._root()
-        call = None if root is None else self._describe(root, (x, time), {})
-        self.own_call = call
-        if call is not None:
-            self.session.begin(call)
+        if not self.session.suspended and (current is None or current is self.own_call):
+            root = self._root()
+            call = None if root is None else self._describe(root, (x, time), {})
+            self.own_call = call
+            if call is not None:
+                self.session.begin(call)
+        self._begun()
 
     def seen_now(self, out: Tensor) -> None:
         """The root has returned this, in a call that nobody else has told of."""

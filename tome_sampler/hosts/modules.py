@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -62,6 +62,28 @@ class _Open:
     in_block: bool = False  # its block merged them and will unmerge
 
 
+@dataclass(eq=False)
+class _Hooked:
+    """A part of a block and its hooks, which are off while it is left alone. tokens: how many it had then."""
+
+    layer: Layer
+    module: nn.Module
+    before: Any = None
+    after: Any = None
+    tokens: int = 0
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def on(self) -> None:
+        _hook(self.stack, self.module, self.before, self.after)
+
+
+def _hook(stack: ExitStack, module: nn.Module, before: Any, after: Any) -> None:
+    """Put hooks on a module until the stack is closed."""
+    # RemovableHandle is a context manager. always_call: an exception inside must not leave a state behind.
+    stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+    stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+
 class _Attachment:
     """The hooks of one session on one module tree."""
 
@@ -81,11 +103,13 @@ class _Attachment:
         self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
-        self._compiled = Compiled(root, session, describe, [], observe)
+        self._compiled = Compiled(root, session, describe, [], observe, self._wake)
         self._reached = False  # whether a layer has run
+        self._idle: set[_Hooked] = set()  # that this call has left alone, and not for the first time
+        self._resting: list[_Hooked] = []  # whose hooks are off
         blocks = mergeable(root)
         try:
-            self._hook(root, self._begin, self._end)
+            _hook(self._stack, root, self._begin, self._end)
             for number, (name, block) in enumerate(blocks):
                 self._hook_block(number, name, block)
         except BaseException:
@@ -105,14 +129,26 @@ class _Attachment:
         self._open.clear()
         self._open_blocks.clear()
         self._block_input.clear()
+        self._idle.clear()
         if self._call is not None:
             call, self._call = self._call, None
             call.__exit__(None, None, None)
 
-    def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
-        # RemovableHandle is a context manager. always_call: an exception inside must not leave a state behind.
-        self._stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+    def _rest(self) -> None:
+        """Take off the hooks of layers that are left alone: even to be asked costs a small model a percent."""
+        call = self.session.current
+        if call is not None and call.latent_size is not None:  # else nothing tells when they are wanted again
+            for hooked in self._idle:
+                hooked.stack.close()
+            self._resting += self._idle
+        self._idle.clear()
+
+    def _wake(self) -> None:
+        """Put them on again, if another run or size has begun. A compiled model sees that in its next call."""
+        if self._resting and not self.session.leaves_alone(self._resting[0].layer, self._resting[0].tokens):
+            for hooked in self._resting:
+                hooked.on()
+            self._resting.clear()
 
     def _hook_block(self, number: int, name: str, block: nn.Module) -> None:
         config = self.session.config
@@ -126,28 +162,33 @@ class _Attachment:
             def forget(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 self._block_input.pop(module, None)
 
-            self._hook(block, remember, forget)
+            _hook(self._stack, block, remember, forget)
         if config.modules == ("block",):
             layer = Layer(name or "block", number)
-            self._hook(block, self._before_block(layer), self._after_block)
+            _hook(self._stack, block, self._before_block(layer), self._after_block)
             for attention in (block.attn1, getattr(block, "attn2", None)):
                 if isinstance(attention, nn.Module):
-                    self._hook(attention, self._before_attention_of(block), self._after("inner"))
+                    _hook(self._stack, attention, self._before_attention_of(block), self._after("inner"))
             return
         for part in config.modules:
             module = getattr(block, part, None)
             if isinstance(module, nn.Module):
-                layer = Layer(f"{name}.{part}" if name else part, number)
-                kind = "attention" if part == "attn1" else "other"
-                self._hook(module, self._before(layer, block, part), self._after(kind))
+                hooked = _Hooked(Layer(f"{name}.{part}" if name else part, number), module)
+                hooked.before = self._before(hooked, block, part)
+                hooked.after = self._after("attention" if part == "attn1" else "other")
+                hooked.on()
+                self._stack.enter_context(hooked.stack)
 
-    def _before(self, layer: Layer, block: nn.Module, part: str) -> Any:
+    def _before(self, hooked: _Hooked, block: nn.Module, part: str) -> Any:
+        layer = hooked.layer
         number = self._compiled.add(layer)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
             x = _tokens(args, kwargs)
             if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
+                hooked.tokens = x.shape[1]
+                self._idle.add(hooked)
                 return None
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)) or _needs_all(kwargs):
                 return self._compiled.skip() if is_compiling() else None
@@ -293,6 +334,7 @@ class _Attachment:
             if call is not None:
                 self._call = self.session.call(call)
                 self._call.__enter__()
+        self._wake()
         return None
 
     def _of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:
@@ -308,6 +350,8 @@ class _Attachment:
             self._compiled.unreached(type(module).__name__)
         if is_compiling():
             return None if self._observe is None else self._compiled.observe(output)
+        if self._idle:
+            self._rest()
         if self._call is not None:
             call, self._call = self._call, None
             call.__exit__(None, None, None)
