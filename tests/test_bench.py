@@ -526,7 +526,7 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     assert not captured.out
 
 
-def test_each_model_is_measured_at_the_sizes_that_it_has(tmp_path: Path) -> None:
+def test_each_model_is_measured_at_the_sizes_that_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The embedded one at small ones, too, where its layers are left alone, and never in silence at another one."""
     arguments = [
         "bench",
@@ -546,6 +546,8 @@ def test_each_model_is_measured_at_the_sizes_that_it_has(tmp_path: Path) -> None
     assert {"plain", "default"} == {row["method"].partition("/")[0] for row in data["results"] if row["size"] == 32}
     assert "tiny cannot be measured at 32 pixels: it is at 128" in data["machine"]["notes"]
     assert "default merges nothing in embedded at 32 pixels" in data["machine"]["notes"]
+    assert sum("256 tokens are left alone" in note for note in data["machine"]["notes"]) == 1
+    assert not caplog.records  # nor from each of the sessions that it takes
 
 
 def test_pairs_that_are_made_anew_by_what_is_seen_are_noted(host: Host) -> None:

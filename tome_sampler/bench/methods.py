@@ -95,10 +95,15 @@ class Method:
 
 
 class KeptSession(MergeSession):
-    """A session that keeps its pairs when it is taken off the model between turns."""
+    """A session that keeps its pairs when it is taken off the model between turns, and of which there are many: what
+    it passes through is told in the table, once."""
 
     def release(self) -> None:
         pass
+
+    def note(self, message: str) -> None:
+        if message not in self.stats.notes:
+            self.stats.notes.append(message)
 
 
 def raise_(error: Exception) -> NoReturn:
