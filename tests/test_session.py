@@ -110,6 +110,23 @@ def test_a_constant_map_changes_nothing(threshold: float | None) -> None:
     assert differ(one(informed, x, 0.5), pairing)
 
 
+def test_where_nothing_merges_no_importance_is_computed_and_elsewhere_it_is() -> None:
+    session = MergeSession(preset("default", min_tokens=100))
+    for h, merges in ((8, False), (16, True), (8, False)):
+        coarse = Layer("coarse", 1)
+        for sigma in (9.0, 5.0):
+            with session.call(ModelCall.chunked(sigma, (h, 8), BOTH, 1)):
+                assert (session.merge(LAYER, tokens(h=h)) is not None) == merges
+                assert session.merge(coarse, tokens(h=h // 2, w=4)) is None
+            session.observe(torch.rand(1, 4, h, 8), torch.rand(1, 4, h, 8))
+            assert (session.importance is not None) == merges
+        session.reset()
+    with session.call(ModelCall.chunked(9.0, SIZE, BOTH, 1)):
+        pass  # a model whose layers have not been asked: they may merge
+    session.observe(torch.rand(1, 4, 8, 8), torch.rand(1, 4, 8, 8))
+    assert session.importance is not None
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_without_guidance_and_in_the_first_step_every_preset_merges(name: str) -> None:
     session = MergeSession(preset(name))

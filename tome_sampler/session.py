@@ -165,7 +165,8 @@ class MergeSession:
 
     @property
     def importance(self) -> Tensor | None:
-        """The map (images h w) that the last :meth:`observe` gave, used by the next call."""
+        """The map (images h w) that the last :meth:`observe` gave, used by the next call; None without guidance, and
+        at a size at which nothing is merged."""
         return self._importance
 
     @contextmanager
@@ -221,8 +222,9 @@ class MergeSession:
     @torch.no_grad()
     def observe(self, cond: Tensor, uncond: Tensor) -> None:
         """Importance for the next call, from both branches of this one: model outputs (images c h w), or of
-        clips (b c frames h w)."""
-        self._importance = cfg_magnitude(cond, uncond)
+        clips (b c frames h w). There is none where all layers are left alone, and none would ask for it."""
+        idle = bool(self._left_alone) and not self._merges
+        self._importance = None if idle else cfg_magnitude(cond, uncond)
         if self._told:
             self._images, self._told = max(self._told) + 1, set()
         self._ranks.clear()
@@ -258,6 +260,7 @@ class MergeSession:
             self.note(f"{layer.name} ran more than once in a model call: passed through")
             return None
         self._seen.add(layer.name)
+        self._merges = True
         images, branches = self._rows(b)
         if images is None:
             self.note(f"a batch of {b} rows where the model call told of {len(branches)}: passed through")
@@ -469,6 +472,7 @@ class MergeSession:
         self._cells: dict[tuple[tuple[int, int], tuple[int, ...]], Dst] = {}  # destinations, in this model call
         self._left_alone: set[tuple[str, int]] = set()  # layers, and how many tokens they have
         self._seen: set[str] = set()  # layers that have merged in this model call
+        self._merges = False  # whether any has, at this size
         self._grids: dict[int, tuple[int, int] | None] = {}
 
     def release(self) -> None:
