@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from tome_sampler import MergeConfig, Pairing, apply_patch, merging, remove_patch
+from tome_sampler.bench.methods import KeptSession
 from tome_sampler.hosts import modules as hosts
 
 CONFIG = MergeConfig(min_tokens=0)
@@ -168,6 +169,23 @@ def test_layers_that_are_left_alone_have_no_hooks_until_they_may_be_wanted(host:
     with merging(model, config):
         assert torch.equal(call(model, t=200, size=16), merged)  # type: ignore[call-arg]
     assert same(before, trace(model))
+
+
+def test_a_session_that_comes_back_hooks_only_what_it_merges(host: tuple[nn.Module, Call]) -> None:
+    """As in bench, where methods are put on and taken off in turn."""
+    model, call = host
+    session = KeptSession(MergeConfig(min_tokens=100))
+    before, seen = trace(model), []
+    for size in (16, 16, 8, 8):
+        with hosts.attached(model, session):
+            seen.append(hooked(model))
+            call(model, size=size)  # type: ignore[call-arg]
+            seen.append(hooked(model))
+        assert same(before, trace(model))
+    everywhere, _, finest, again, *rest = seen
+    assert finest == again == rest[0] < everywhere
+    assert rest[1] == everywhere  # the other size
+    assert not rest[2]
 
 
 def test_an_interrupted_call_puts_nothing_to_rest(host: tuple[nn.Module, Call]) -> None:

@@ -235,6 +235,12 @@ class MergeSession:
         to be worth it. That is nearly all there is to do in a small model, so it must cost nothing."""
         return (layer.name, n) in self._left_alone
 
+    def left_alone(self, layer: Layer) -> int:
+        """How many tokens a layer has that is left alone; 0 if it is not, or nothing would tell when that is over, as
+        the latent's size is not known."""
+        known = self._left_alone if self._latent_size is not None else ()
+        return next((n for name, n in known if name == layer.name), 0)
+
     def merge(
         self, layer: Layer, x: Tensor, metric: Tensor | None = None, grid: tuple[int, int] | None = None
     ) -> Pairing | None:

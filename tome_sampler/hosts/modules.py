@@ -136,11 +136,11 @@ class _Attachment:
 
     def _rest(self) -> None:
         """Take off the hooks of layers that are left alone: even to be asked costs a small model a percent."""
-        call = self.session.current
-        if call is not None and call.latent_size is not None:  # else nothing tells when they are wanted again
-            for hooked in self._idle:
+        for hooked in self._idle:
+            hooked.tokens = self.session.left_alone(hooked.layer)
+            if hooked.tokens:
                 hooked.stack.close()
-            self._resting += self._idle
+                self._resting.append(hooked)
         self._idle.clear()
 
     def _wake(self) -> None:
@@ -178,6 +178,8 @@ class _Attachment:
                 hooked.after = self._after("attention" if part == "attn1" else "other")
                 hooked.on()
                 self._stack.enter_context(hooked.stack)
+                self._idle.add(hooked)
+        self._rest()  # of what a session knows that has been at work before
 
     def _before(self, hooked: _Hooked, block: nn.Module, part: str) -> Any:
         layer = hooked.layer
@@ -187,7 +189,6 @@ class _Attachment:
             self._reached = True
             x = _tokens(args, kwargs)
             if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
-                hooked.tokens = x.shape[1]
                 self._idle.add(hooked)
                 return None
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)) or _needs_all(kwargs):
