@@ -188,6 +188,21 @@ def test_a_session_that_comes_back_hooks_only_what_it_merges(host: tuple[nn.Modu
     assert not rest[2]
 
 
+def test_an_attachment_is_gone_with_its_hooks(host: tuple[nn.Module, Call]) -> None:
+    """At once, not when garbage is next collected: a compiled graph must not find it."""
+    model, call = host
+    gc.collect()
+    gc.disable()
+    try:
+        with merging(model, MergeConfig(min_tokens=100)):
+            for _ in range(3):
+                call(model)
+            compiled = weakref.ref(hosts._attached[model][-1]._compiled)
+        assert compiled() is None
+    finally:
+        gc.enable()
+
+
 def test_an_interrupted_call_puts_nothing_to_rest(host: tuple[nn.Module, Call]) -> None:
     model, call = host
 

@@ -87,7 +87,7 @@ class Compiled:
         describe: says of a call of `root` what it is.
         layers: by their number.
         observe: is given `root` and what it returned.
-        begun: is called when a call has begun.
+        begun: a method that is called when a call has begun; what it is a method of is not kept alive.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Compiled:
         begun: Callable[[], None],
     ) -> None:
         self.number = next(_numbers)
-        self.session, self.layers, self._observe, self._begun = session, layers, observe, begun
+        self.session, self.layers, self._observe, self._begun = session, layers, observe, weakref.WeakMethod(begun)
         self._root, self._describe = weakref.ref(root), describe
         self._size: tuple[int, int] | None = None
         self._levels: list[float] = []
@@ -214,7 +214,9 @@ class Compiled:
             self.own_call = call
             if call is not None:
                 self.session.begin(call)
-        self._begun()
+        begun = self._begun()
+        if begun is not None:
+            begun()
 
     def seen_now(self, out: Tensor) -> None:
         """The root has returned this, in a call that nobody else has told of."""

@@ -68,8 +68,8 @@ class _Hooked:
 
     layer: Layer
     module: nn.Module
-    before: Any = None
-    after: Any = None
+    before: Any
+    after: Any
     tokens: int = 0
     stack: ExitStack = field(default_factory=ExitStack)
 
@@ -105,8 +105,9 @@ class _Attachment:
         self._call: AbstractContextManager[None] | None = None
         self._compiled = Compiled(root, session, describe, [], observe, self._wake)
         self._reached = False  # whether a layer has run
-        self._idle: set[_Hooked] = set()  # that this call has left alone, and not for the first time
-        self._resting: list[_Hooked] = []  # whose hooks are off
+        self._parts: list[_Hooked] = []
+        self._idle: set[int] = set()  # those that this call has left alone, and not for the first time
+        self._resting: list[_Hooked] = []  # those whose hooks are off
         blocks = mergeable(root)
         try:
             _hook(self._stack, root, self._begin, self._end)
@@ -117,9 +118,11 @@ class _Attachment:
             raise
 
     def remove(self) -> None:
-        """Take every hook off again."""
+        """Take every hook off again. Nothing keeps the attachment alive then: compiled graphs look for it."""
         self._stack.close()
         self._abandon()
+        self._parts.clear()
+        self._resting.clear()
 
     def _abandon(self) -> None:
         """Close what an interrupt left open: torch runs `always_call` hooks after an Exception, not after others."""
@@ -136,7 +139,7 @@ class _Attachment:
 
     def _rest(self) -> None:
         """Take off the hooks of layers that are left alone: even to be asked costs a small model a percent."""
-        for hooked in self._idle:
+        for hooked in (self._parts[place] for place in self._idle):
             hooked.tokens = self.session.left_alone(hooked.layer)
             if hooked.tokens:
                 hooked.stack.close()
@@ -173,23 +176,23 @@ class _Attachment:
         for part in config.modules:
             module = getattr(block, part, None)
             if isinstance(module, nn.Module):
-                hooked = _Hooked(Layer(f"{name}.{part}" if name else part, number), module)
-                hooked.before = self._before(hooked, block, part)
-                hooked.after = self._after("attention" if part == "attn1" else "other")
+                layer = Layer(f"{name}.{part}" if name else part, number)
+                before = self._before(layer, block, part, place=len(self._parts))
+                hooked = _Hooked(layer, module, before, self._after("attention" if part == "attn1" else "other"))
                 hooked.on()
                 self._stack.enter_context(hooked.stack)
-                self._idle.add(hooked)
+                self._idle.add(len(self._parts))
+                self._parts.append(hooked)
         self._rest()  # of what a session knows that has been at work before
 
-    def _before(self, hooked: _Hooked, block: nn.Module, part: str) -> Any:
-        layer = hooked.layer
+    def _before(self, layer: Layer, block: nn.Module, part: str, place: int) -> Any:
         number = self._compiled.add(layer)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
             x = _tokens(args, kwargs)
             if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
-                self._idle.add(hooked)
+                self._idle.add(place)
                 return None
             if x is None or (part == "attn1" and not _attends_to_itself(x, args, kwargs)) or _needs_all(kwargs):
                 return self._compiled.skip() if is_compiling() else None
