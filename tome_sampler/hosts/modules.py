@@ -106,7 +106,7 @@ class _Attachment:
         self._compiled = Compiled(root, session, describe, [], observe, self._wake)
         self._reached = False  # whether a layer has run
         self._parts: list[_Hooked] = []
-        self._idle: set[int] = set()  # those that this call has left alone, and not for the first time
+        self._idle: set[int] = set()  # those of them to ask the session about: this call has left them alone, again
         self._resting: list[_Hooked] = []  # those whose hooks are off
         blocks = mergeable(root)
         try:
