@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _SCORES_AT_ONCE = 1 << 25
+_SCORES_PER_NUMBER = 8
+"""Nor more at once than so many for each number of the metric: as wide is a feed-forward, whose peak of memory matching
+must not pass. It acts where there are few channels for many tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +113,7 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     # contiguous: over few channels the product of a transposed view takes twice as long on a CPU
     candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).transpose(1, 2).contiguous()
     sources = unit.gather(1, src[..., None].expand(-1, -1, c))
-    chunk = max(_SCORES_AT_ONCE // max(b * k, 1), 1)
+    chunk = max(min(_SCORES_AT_ONCE, _SCORES_PER_NUMBER * metric.numel()) // max(b * k, 1), 1)
     best = [(part @ candidates).max(-1) for part in sources.split(chunk, 1)]
     value, nearest = torch.cat([v for v, _ in best], 1).float(), torch.cat([i for _, i in best], 1)
     score = value.new_full((b, n), -2.0).scatter_(1, src, value)

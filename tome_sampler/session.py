@@ -276,6 +276,8 @@ class MergeSession:
         pairing, made = None, None
         if config.ratio > 0 and self._active():
             pairing, made = self._pairing(layer, x if metric is None else metric, grid, images, branches)
+        if pairing is not None:
+            self.largest = max(self.largest, x.numel())
         after = n if pairing is None else pairing.size.shape[1]
         self.stats.count(layer.name, n * b, after * b, made)
         return pairing
@@ -479,6 +481,7 @@ class MergeSession:
         self._left_alone: set[tuple[str, int]] = set()  # layers, and how many tokens they have
         self._seen: set[str] = set()  # layers that have merged in this model call
         self._merges = False  # whether any has, at this size
+        self.largest = 0  # how many numbers the largest layer has that has merged at this size
         self._grids: dict[int, tuple[int, int] | None] = {}
 
     def release(self) -> None:

@@ -23,6 +23,7 @@ from tome_sampler.hosts.compiled import (
     run_uncompiled,
 )
 from tome_sampler.hosts.families import mergeable, require_known
+from tome_sampler.hosts.feedforward import HalvedFeedForward
 from tome_sampler.hosts.pipelines import PipelineCalls, is_pipeline, writes_reference
 from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
@@ -105,6 +106,7 @@ class _Attachment:
         self._call: AbstractContextManager[None] | None = None
         self._compiled = Compiled(root, session, describe, [], observe, self._wake)
         self._reached = False  # whether a layer has run
+        self._feed_forward = HalvedFeedForward(root)
         self._parts: list[_Hooked] = []
         self._idle: set[int] = set()  # those of them to ask the session about: this call has left them alone, again
         self._resting: list[_Hooked] = []  # those whose hooks are off
@@ -121,6 +123,7 @@ class _Attachment:
         """Take every hook off again. Nothing keeps the attachment alive then: compiled graphs look for it."""
         self._stack.close()
         self._abandon()
+        self._feed_forward.follow(0)
         self._parts.clear()
         self._resting.clear()
 
@@ -152,6 +155,11 @@ class _Attachment:
             for hooked in self._resting:
                 hooked.on()
             self._resting.clear()
+
+    def _spare_memory(self) -> None:
+        """Make up for the pairs that are kept, where the feed-forward works on all tokens."""
+        if not {"ff", "block"} & set(self.session.config.modules):
+            self._feed_forward.follow(0 if self.session.suspended else self.session.largest)
 
     def _hook_block(self, number: int, name: str, block: nn.Module) -> None:
         config = self.session.config
@@ -209,6 +217,7 @@ class _Attachment:
             opened = self._merge(layer, x, self._block_input.get(block))
             if opened is None:
                 return None
+            self._spare_memory()
             given = self._attend(module, opened) if attends else opened.merged
             self._open[module] = opened
             return _with_tokens(given, x, args, kwargs)
@@ -339,6 +348,7 @@ class _Attachment:
                 self._call = self.session.call(call)
                 self._call.__enter__()
         self._wake()
+        self._spare_memory()
         return None
 
     def _of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:

@@ -1,0 +1,212 @@
+"""The feed-forward in two halves: the same tokens, a peak of memory that merging does not raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+from ldm import LdmUNet
+from test_hooks import call_ldm, call_unet, same, trace
+from torch import Tensor, nn
+
+from tome_sampler import MergeConfig, MergeSession, ModelCall, demo, merging
+from tome_sampler.bench.parts import profiled
+from tome_sampler.hosts.modules import attached
+
+CPU = torch.device("cpu")
+CONFIG = MergeConfig(min_tokens=0)
+Call = Callable[..., Tensor]
+
+
+@pytest.fixture(params=["diffusers", "ldm"])
+def host(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
+    if request.param == "diffusers":
+        return request.getfixturevalue("unet"), call_unet
+    return request.getfixturevalue("ldm_unet"), call_ldm
+
+
+def feed_forwards(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if name.endswith(".ff")}
+
+
+def watched(model: nn.Module) -> dict[str, list[int]]:
+    """How many tokens each feed-forward works on, call by call; looked at where no hook is seen."""
+    seen: dict[str, list[int]] = {}
+    for name, layer in feed_forwards(model).items():
+
+        def forward(x: Tensor, name: str = name, forward: Call = layer.forward) -> Tensor:
+            seen.setdefault(name, []).append(x.shape[1])
+            return forward(x)
+
+        layer.forward = forward  # type: ignore[method-assign]
+    return seen
+
+
+def small(name: str) -> tuple[nn.Module, Callable[[], Any], tuple[int, int], int]:
+    """A model, a call of it, the latent's size, and the images in each branch."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if name == "embedded":
+        scenes = demo.load_model()
+        x, context = noise(2, 12, 64, 64), demo.encode(["", "a red circle"])
+        return scenes, lambda: scenes(x, torch.tensor(500), context), (64, 64), 1
+    if name == "ldm":
+        model = LdmUNet(32).eval().requires_grad_(False)
+        latent, text = noise(2, 4, 48, 48), noise(2, 3, 8)
+        return model, lambda: model(latent, torch.tensor([500.0, 500.0]), context=text), (48, 48), 1
+    motion = pipelines.motion_unet().eval()
+    width = motion.config.cross_attention_dim
+    clip, words = noise(2, 4, 3, 32, 32), noise(6, 3, width)
+    return motion, lambda: motion(clip, torch.tensor(500), encoder_hidden_states=words), (32, 32), 3
+
+
+@pytest.mark.parametrize("name", ["embedded", "ldm", "animatediff"])
+@pytest.mark.parametrize("preset", ["default", "quality", "fast", "tomesd"])
+def test_the_peak_with_merging_is_never_above_the_peak_without(name: str, preset: str) -> None:
+    """Nor in the run's early part, nor on a step that makes pairs, nor with all that is kept by then."""
+    model, call, size, images = small(name)
+    session = MergeSession(MergeConfig.preset(preset, min_tokens=0, floor=0.2))
+    with torch.no_grad():
+        call()
+        plain = profiled(call, CPU, 0)[0].peak
+        left, peaks = 0, []
+        with attached(model, session):
+            for sigma in (9.0, 8.9, 1.0, 0.99, 0.98):
+                told = ModelCall.chunked(sigma, size, ("uncond", "cond"), images)
+
+                def step(told: ModelCall = told) -> None:
+                    with session.call(told):
+                        out = call()
+                        half = (out if isinstance(out, Tensor) else out[0]).detach().chunk(2)
+                    session.observe(half[1], half[0])
+
+                cost, left = profiled(step, CPU, left)
+                peaks.append(cost.peak)
+    assert session.stats.to_dict()["merged_fraction"] > 0.05
+    assert max(peaks) <= plain
+
+
+def test_halves_give_the_same_tokens_and_only_the_largest_layers_are_halved(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+    seen = watched(model)
+    with torch.no_grad():
+        call(model)
+        whole = {name: tokens.copy() for name, tokens in seen.items()}
+        [tokens.clear() for tokens in seen.values()]
+        with merging(model, CONFIG, branches=("uncond", "cond")):
+            halved = call(model)
+        in_halves = {name: tokens.copy() for name, tokens in seen.items()}
+        kept = [layer.register_forward_hook(lambda *_: None) for layer in feed_forwards(model).values()]
+        [tokens.clear() for tokens in seen.values()]
+        with merging(model, CONFIG, branches=("uncond", "cond")):
+            at_once = call(model)
+        assert seen == whole  # others' hooks want to see all tokens
+        [handle.remove() for handle in kept]
+    finest = max(tokens[0] for tokens in whole.values())
+    for name, (tokens,) in whole.items():
+        assert in_halves[name] == ([tokens // 2, tokens // 2] if tokens == finest else [tokens])
+    assert any(tokens[0] < finest for tokens in whole.values())
+    torch.testing.assert_close(halved, at_once)
+
+
+def test_an_odd_number_of_tokens_loses_none(ldm_unet: LdmUNet) -> None:
+    seen = watched(ldm_unet)
+    with merging(ldm_unet, CONFIG, branches=("uncond", "cond")):
+        call_ldm(ldm_unet, size=9)
+    assert seen["first.ff"] == [41, 40]
+
+
+def test_a_layer_that_merges_itself_is_not_halved(ldm_unet: LdmUNet) -> None:
+    for modules in (("attn1", "ff"), ("block",)):
+        seen = watched(ldm_unet)
+        with merging(ldm_unet, CONFIG.with_(modules=modules), branches=("uncond", "cond")):
+            call_ldm(ldm_unet)
+        assert all(len(tokens) == 1 for tokens in seen.values())
+        for layer in feed_forwards(ldm_unet).values():
+            del layer.forward
+
+
+def test_where_nothing_is_merged_nothing_is_halved_and_no_hook_is_left(host: tuple[nn.Module, Call]) -> None:
+    """No pairs in an unmerged run, and none any more once another size has begun."""
+    model, call = host
+
+    def are_hooked() -> bool:
+        return any(m._forward_pre_hooks or m._forward_hooks for m in feed_forwards(model).values())
+
+    before, plain = trace(model), call(model)
+    with merging(model, CONFIG.with_(ratio=0.0)):
+        assert torch.equal(call(model), plain)
+        assert not are_hooked()
+    with merging(model, MergeConfig(min_tokens=100)) as session:
+        assert not are_hooked()
+        call(model, t=500, size=16)
+        call(model, t=400, size=16)
+        assert are_hooked()
+        assert session.largest
+        call(model, t=300, size=8)
+        assert not are_hooked()
+        assert not session.largest
+    assert same(before, trace(model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("half", [1, 2])
+def test_an_error_in_either_half_leaves_nothing_behind(
+    host: tuple[nn.Module, Call], half: int, error: type[BaseException]
+) -> None:
+    model, call = host
+    before = trace(model)
+    with merging(model, CONFIG):
+        expected = call(model, t=300)
+    name, layer = next(iter(feed_forwards(model).items()))
+    forward, calls = layer.forward, []
+
+    def fail(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) == half:
+            raise error("in a half")
+        return forward(x)
+
+    with merging(model, CONFIG) as session:
+        layer.forward = fail  # type: ignore[method-assign]
+        with pytest.raises(error):
+            call(model, t=300)
+        del layer.forward
+        assert len(calls) == half, name
+        session.reset()
+        assert torch.equal(call(model, t=300), expected)
+    assert same(before, trace(model))
+
+
+def test_a_feed_forward_that_sees_neighbours_runs_at_once(ldm_unet: LdmUNet) -> None:
+    class Convolution(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+    ldm_unet.first.ff = Convolution()  # type: ignore[union-attr]
+    seen = watched(ldm_unet)
+    with merging(ldm_unet, CONFIG, branches=("uncond", "cond")):
+        call_ldm(ldm_unet)
+    assert seen["first.ff"] == [64]
+    assert seen["last.ff"] == [32, 32]
+
+
+def test_of_nested_sessions_only_the_one_at_work_halves(ldm_unet: LdmUNet) -> None:
+    seen = watched(ldm_unet)
+    with merging(ldm_unet, CONFIG):
+        call_ldm(ldm_unet)
+        with merging(ldm_unet, CONFIG):
+            call_ldm(ldm_unet, t=400)
+            assert seen["first.ff"] == [32, 32, 32, 32]
+        call_ldm(ldm_unet, t=300)
+    assert seen["first.ff"] == [32] * 6

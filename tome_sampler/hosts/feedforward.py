@@ -1,0 +1,60 @@
+"""The feed-forward in two halves while pairs are kept: a model's peak of memory lies in it, and they would raise it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tome_sampler.hosts.compiled import is_compiling
+
+
+class HalvedFeedForward:
+    """Hooks on the feed-forward layers (``ff``) of a module tree, which are there only while pairs are kept.
+
+    A feed-forward works on each token by itself, so one half of them after the other gives the same tokens, and its
+    hidden layer, up to eight times as wide as they are, is half as large at once. That is done where as many numbers
+    pass through as in the largest merged layer: with fewer no peak is reached, and reading the weights twice would cost.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._layers = [
+            layer
+            for layer in (block._modules.get("ff") for block in root.modules() if "attn1" in block._modules)
+            # a convolution sees a token's neighbours
+            if layer is not None and all(weight.ndim <= 2 for weight in layer.parameters())
+        ]
+        self._hooks = ExitStack()
+        self._least = 0  # how many numbers are halved
+        self._second: dict[nn.Module, tuple[Tensor, int]] = {}  # halves to come, and the dimension that was halved
+
+    def follow(self, largest: int) -> None:
+        """Pairs are kept of layers that have so many numbers at most; 0: none are."""
+        if largest and not self._least:
+            for layer in self._layers:
+                # always_call: an exception inside must not leave a half behind. prepend: others see the whole output
+                self._hooks.enter_context(layer.register_forward_pre_hook(self._halve, with_kwargs=True))
+                self._hooks.enter_context(layer.register_forward_hook(self._complete, always_call=True, prepend=True))
+        if self._least and not largest:
+            self._hooks.close()
+        self._least = largest
+        self._second.clear()
+
+    def _halve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if is_compiling() or not isinstance(x, Tensor) or x.ndim != 3 or x.numel() < self._least:
+            return None
+        if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
+            return None  # somebody else's want to see all tokens
+        dim = int(x.shape[1] > x.shape[0])
+        first, second = x.tensor_split(2, dim)
+        self._second[module] = second, dim
+        return (first,), {}
+
+    def _complete(self, module: nn.Module, args: Any, output: Any) -> Any:
+        second, dim = self._second.pop(module, (None, 0))
+        if second is None or not isinstance(output, Tensor):
+            return None
+        return torch.cat([output, module.forward(second)], dim)
