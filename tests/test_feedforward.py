@@ -144,7 +144,6 @@ def test_where_nothing_is_merged_nothing_is_halved_and_no_hook_is_left(host: tup
         assert torch.equal(call(model), plain)
         assert not are_hooked()
     with merging(model, MergeConfig(min_tokens=100)) as session:
-        assert not are_hooked()
         call(model, t=500, size=16)
         call(model, t=400, size=16)
         assert are_hooked()

@@ -178,6 +178,17 @@ def test_a_zero_vector_is_similar_to_nothing_and_never_nan() -> None:
             assert set(nearest.flatten().tolist()) <= set(dst.index[0].tolist())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_token_that_is_not_finite_is_similar_to_nothing(bad: float) -> None:
+    metric, dst = torch.randn(1, 16, 4), grid_dst((4, 4), 2, CPU, None)
+    metric[0, 5] = bad  # no destination
+    assert 5 not in dst.index
+    for score, nearest in (global_match(metric, dst), local_match(metric, dst, (4, 4), 2, 1)):
+        assert torch.isfinite(score).all()
+        assert score[0, 5] == 0
+        assert set(nearest.flatten().tolist()) <= set(dst.index[0].tolist())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 def test_half_precision_finds_as_similar_destinations(dtype: torch.dtype, tolerance: float) -> None:
     metric = torch.randn(1, 256, 32) * 300  # squares overflow in fp16

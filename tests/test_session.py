@@ -80,6 +80,27 @@ def test_importance_is_the_channel_mean_and_needs_two_alike_outputs() -> None:
             cfg_magnitude(cond, other)
 
 
+@pytest.mark.parametrize("options", [{}, {"threshold": None}, {"threshold": None, "ratio": 0.7}])
+@pytest.mark.parametrize("name", [*PRESETS, "local"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_model_s_tokens_make_pairs_that_hold(name: str, options: dict[str, Any], bad: float) -> None:
+    """Each token goes with one that stays: on CUDA an index that is out of bounds would end the host's process."""
+    config = preset("default", search="local") if name == "local" else preset(name)
+    for share in (0.02, 0.5, 1.0):
+        session = MergeSession(config.with_(**options))
+        for sigma in (9.0, 1.0):
+            x = tokens(2, 7, 9)
+            x[torch.rand(2, 63) < share] = bad
+            pairing = one(session, x, sigma, size=(7, 9))
+            if pairing is not None:
+                target, m = pairing.target, pairing.size.shape[1]
+                assert torch.equal(target.gather(1, target), target)
+                assert 0 <= pairing.row.min()
+                assert pairing.row.max() < m
+                assert pairing.unmerge(pairing.merge(x)).shape == x.shape
+            observe(session, torch.rand(1, 7, 9))
+
+
 @pytest.mark.parametrize("name", ["default", "importance"])
 def test_a_map_without_a_single_number_still_merges(name: str) -> None:
     session = MergeSession(preset(name, prune_until=0.0))

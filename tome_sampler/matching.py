@@ -103,7 +103,7 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     the score -2 and itself.
 
     Products are taken in the metric's own precision, of vectors normalised in fp32; a zero vector is similar to
-    nothing (0), never NaN.
+    nothing (0), never NaN, and so is one that a broken model gave: on CUDA a bad index would end the process.
     """
     b, n, c = metric.shape
     unit = _unit(metric).to(metric.dtype)
@@ -115,7 +115,7 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     sources = unit.gather(1, src[..., None].expand(-1, -1, c))
     chunk = max(min(_SCORES_AT_ONCE, _SCORES_PER_NUMBER * metric.numel()) // max(b * k, 1), 1)
     best = [(part @ candidates).max(-1) for part in sources.split(chunk, 1)]
-    value, nearest = torch.cat([v for v, _ in best], 1).float(), torch.cat([i for _, i in best], 1)
+    value, nearest = torch.cat([v for v, _ in best], 1).float().nan_to_num(0.0), torch.cat([i for _, i in best], 1)
     score = value.new_full((b, n), -2.0).scatter_(1, src, value)
     target = torch.arange(n, device=metric.device).repeat(b, 1).scatter_(1, src, index.gather(1, nearest))
     return score, target
@@ -148,7 +148,7 @@ def local_match(
         for x in range(2 * near + 1):
             window = (slice(None), slice(y, y + tokens.shape[1]), slice(x, x + tokens.shape[2]))
             token = where[window][..., None]
-            score = (tokens @ candidates[window][..., None]).squeeze(-1).where(token >= 0, -2.0)
+            score = (tokens @ candidates[window][..., None]).squeeze(-1).nan_to_num(0.0).where(token >= 0, -2.0)
             closer = score > best
             best, target = score.where(closer, best), token.where(closer, target)
     return _from_cells(best, grid, stride), _from_cells(target, grid, stride)

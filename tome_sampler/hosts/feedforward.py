@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tome_sampler.hosts.compiled import is_compiling
-
 
 class HalvedFeedForward:
     """Hooks on the feed-forward layers (``ff``) of a module tree, which are there only while pairs are kept.
 
     A feed-forward works on each token by itself, so one half of them after the other gives the same tokens, and its
     hidden layer, up to eight times as wide as they are, is half as large at once. That is done where as many numbers
-    pass through as in the largest merged layer: with fewer no peak is reached, and reading the weights twice would cost.
+    pass through as in the largest merged layer: with fewer no peak is reached, and the weights would be read twice for
+    nothing.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -27,34 +26,48 @@ class HalvedFeedForward:
             if layer is not None and all(weight.ndim <= 2 for weight in layer.parameters())
         ]
         self._hooks = ExitStack()
+        self._on = False
         self._least = 0  # how many numbers are halved
-        self._second: dict[nn.Module, tuple[Tensor, int]] = {}  # halves to come, and the dimension that was halved
+        self._second: tuple[Tensor, int] | None = None  # a half to come, and the dimension that was halved
+        self._put_on()  # before a compiler looks
 
     def follow(self, largest: int) -> None:
         """Pairs are kept of layers that have so many numbers at most; 0: none are."""
-        if largest and not self._least:
-            for layer in self._layers:
-                # always_call: an exception inside must not leave a half behind. prepend: others see the whole output
-                self._hooks.enter_context(layer.register_forward_pre_hook(self._halve, with_kwargs=True))
-                self._hooks.enter_context(layer.register_forward_hook(self._complete, always_call=True, prepend=True))
-        if self._least and not largest:
+        if largest and not self._on:
+            self._put_on()
+        elif self._on and not largest:
             self._hooks.close()
-        self._least = largest
-        self._second.clear()
+            self._on = False
+        self._least, self._second = largest, None
+
+    def begin_compiled(self) -> None:
+        """The compiler looks at a call of the root, in which nothing has been merged yet."""
+        self._least, self._second = 0, None
+
+    def merged_compiled(self, x: Tensor) -> None:
+        """A layer that is given x will run on merged tokens in the compiler's graph."""
+        self._least = max(self._least, x.numel())
+
+    def _put_on(self) -> None:
+        self._on = True
+        for layer in self._layers:
+            # always_call: an exception inside must not leave a half behind. prepend: others see the whole output
+            self._hooks.enter_context(layer.register_forward_pre_hook(self._halve, with_kwargs=True))
+            self._hooks.enter_context(layer.register_forward_hook(self._complete, always_call=True, prepend=True))
 
     def _halve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        if is_compiling() or not isinstance(x, Tensor) or x.ndim != 3 or x.numel() < self._least:
+        if not self._least or not isinstance(x, Tensor) or x.ndim != 3 or x.numel() < self._least:
             return None
         if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
             return None  # somebody else's want to see all tokens
-        dim = int(x.shape[1] > x.shape[0])
+        dim = 1 if x.shape[1] > x.shape[0] else 0
         first, second = x.tensor_split(2, dim)
-        self._second[module] = second, dim
+        self._second = second, dim
         return (first,), {}
 
     def _complete(self, module: nn.Module, args: Any, output: Any) -> Any:
-        second, dim = self._second.pop(module, (None, 0))
-        if second is None or not isinstance(output, Tensor):
+        if self._second is None:
             return None
-        return torch.cat([output, module.forward(second)], dim)
+        (second, dim), self._second = self._second, None
+        return torch.cat([output, module.forward(second)], dim) if isinstance(output, Tensor) else None
