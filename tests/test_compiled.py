@@ -128,20 +128,50 @@ def test_another_size_is_merged_at_its_own_length() -> None:
             torch.testing.assert_close(call(compiled, 500, size), picture, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_that_uncompiled_calls_left_alone_are_merged_in_a_compiled_one() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("uncompiled", "small"), [(3, 0), (3, 2), (0, 3)])
+def test_layers_that_were_left_alone_at_a_small_size_are_merged_at_a_larger_one(
+    uncompiled: int, small: int, dynamic: bool | None
+) -> None:
+    """By a graph, too, that was made while they had no hooks."""
     unet, config = tiny_unet(), FIXED.with_(min_tokens=100)
     with merging(unet, config, branches=("uncond", "cond")) as session:
-        for t in (900, 890, 880):
+        for t in (900, 890, 880)[:uncompiled]:
             call(unet, t, size=8)
+        compiled = torch.compile(unet, backend="eager", fullgraph=True, dynamic=dynamic)
+        for t in (870, 860, 850)[:small]:
+            call(compiled, t, size=8)
         assert not session.stats.to_dict()["merged_fraction"]
         session.reset()
-        compiled = torch.compile(unet, backend="eager", fullgraph=True)
-        call(compiled, 900)
-        session.reset()
-        picture = call(compiled, 900)
+        pictures = [call(compiled, t) for t in (900, 890)]
     with merging(unet, config, branches=("uncond", "cond")) as session:
-        torch.testing.assert_close(picture, call(unet, 900), atol=1e-5, rtol=1e-5)
+        expected = [call(unet, t) for t in (900, 890)]
         assert session.stats.to_dict()["merged_fraction"] > 0
+    torch.testing.assert_close(pictures[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("merges", ["fixed", "threshold"])
+def test_the_feed_forward_is_halved_in_a_graph_that_merges(merges: str) -> None:
+    """And gives the same picture; layers of a coarser level run at once."""
+    unet = tiny_unet()
+    config = FIXED if merges == "fixed" else MergeConfig(min_tokens=0, floor=0.3)
+    lengths: list[int] = []
+    for name, layer in unet.named_modules():
+        if name.endswith(".ff"):
+
+            def forward(x: Tensor, forward: Callable[[Tensor], Tensor] = layer.forward) -> Tensor:
+                lengths.append(x.shape[1])
+                return forward(x)
+
+            layer.forward = forward  # type: ignore[method-assign]
+    with merging(unet, config, branches=("uncond", "cond")):
+        eager = call(unet, 300)
+    uncompiled = lengths.copy()
+    lengths.clear()
+    with merging(unet, config, branches=("uncond", "cond")):
+        torch.testing.assert_close(call(torch.compile(unet, backend="eager"), 300), eager, atol=1e-5, rtol=1e-5)
+    assert lengths == uncompiled
+    assert set(lengths) == {128, 64}
 
 
 @pytest.mark.parametrize("config", [FIXED, MergeConfig(min_tokens=0), FIXED.with_(modules=("block",))])

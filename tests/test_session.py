@@ -95,7 +95,7 @@ def test_a_broken_model_s_tokens_make_pairs_that_hold(name: str, options: dict[s
             if pairing is not None:
                 target, m = pairing.target, pairing.size.shape[1]
                 assert torch.equal(target.gather(1, target), target)
-                assert 0 <= pairing.row.min()
+                assert pairing.row.min() >= 0
                 assert pairing.row.max() < m
                 assert pairing.unmerge(pairing.merge(x)).shape == x.shape
             observe(session, torch.rand(1, 7, 9))

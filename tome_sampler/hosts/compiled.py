@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 import sys
 import weakref
 from collections.abc import Callable
@@ -112,7 +113,8 @@ class Compiled:
 
     def begin(self, x: Tensor, time: Any) -> Tensor:
         """The root is called with x (rows c h w), at a time; returns what takes x's place."""
-        self._size, self._levels = (int(x.shape[-2]), int(x.shape[-1])), []
+        # index: a graph for each size, as a merged length follows from it, even where the compiler would have one for all
+        self._size, self._levels = (operator.index(x.shape[-2]), operator.index(x.shape[-1])), []
         self._open = []  # of a call that failed
         return _begin(x, time if isinstance(time, Tensor) else torch.tensor(0.0 if time is None else time), self.number)
 
@@ -183,7 +185,7 @@ class Compiled:
     def _opened(self, number: int, x: Tensor, metric: Tensor | None) -> _Opened | None:
         if self.session.suspended or self._size is None:
             return None
-        n = x.shape[1]
+        n = operator.index(x.shape[1])
         coarseness = self._size[0] * self._size[1] / n
         if coarseness not in self._levels:
             self._levels.append(coarseness)
