@@ -328,6 +328,30 @@ def test_forge_merges_attn1_and_says_so_if_more_is_asked_for(forge: Forge) -> No
     assert not forge.errors
 
 
+@pytest.mark.parametrize("host", ["a1111", "forge"])
+def test_the_feed_forward_is_halved_in_a_merged_pass_and_in_no_other(host: str, request: pytest.FixtureRequest) -> None:
+    webui = request.getfixturevalue(host)
+    layer = next(m for name, m in unet_of(webui).named_modules() if name.endswith("ff"))
+    lengths: list[int] = []
+    forward = layer.forward
+
+    def watched(x: Tensor) -> Tensor:
+        lengths.append(x.shape[1])
+        return forward(x)
+
+    layer.forward = watched
+    plain, _ = webui.generate([])
+    whole = set(lengths)
+    lengths.clear()
+    webui.generate([FAST])
+    assert set(lengths) == {n // 2 for n in whole}
+    lengths.clear()
+    assert same(plain, webui.generate([])[0])
+    assert set(lengths) == whole
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet_of(webui).modules())
+    assert not webui.errors
+
+
 def test_a1111_merges_whole_blocks(a1111: A1111) -> None:
     plain, _ = a1111.generate([])
     attention, _ = a1111.generate([FAST])

@@ -121,6 +121,9 @@ class MergeSession:
     ``stats`` holds what was done. A session serves one run; :meth:`reset` readies it for the next.
     """
 
+    largest: int
+    """How many numbers (b n c) the largest layer has that has merged at this size; 0: no pairs are kept."""
+
     def __init__(
         self, config: MergeConfig, sigmas: Sequence[float] | None = None, *, restarts: bool = False, timed: bool = False
     ) -> None:
@@ -481,7 +484,7 @@ class MergeSession:
         self._left_alone: set[tuple[str, int]] = set()  # layers, and how many tokens they have
         self._seen: set[str] = set()  # layers that have merged in this model call
         self._merges = False  # whether any has, at this size
-        self.largest = 0  # how many numbers the largest layer has that has merged at this size
+        self.largest = 0
         self._grids: dict[int, tuple[int, int] | None] = {}
 
     def release(self) -> None:

@@ -113,7 +113,7 @@ class Compiled:
 
     def begin(self, x: Tensor, time: Any) -> Tensor:
         """The root is called with x (rows c h w), at a time; returns what takes x's place."""
-        # index: a graph for each size, as a merged length follows from it, even where the compiler would have one for all
+        # index: a graph for each size, as merged lengths follow from it, also where the compiler would have one for all
         self._size, self._levels = (operator.index(x.shape[-2]), operator.index(x.shape[-1])), []
         self._open = []  # of a call that failed
         return _begin(x, time if isinstance(time, Tensor) else torch.tensor(0.0 if time is None else time), self.number)

@@ -8,20 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tome_sampler.session import MergeSession
+
 
 class HalvedFeedForward:
-    """Hooks on the feed-forward layers (``ff``) of a module tree, which are there only while pairs are kept.
+    """One session's hooks on the feed-forward layers (``ff``) of a module tree.
 
     A feed-forward works on each token by itself, so one half of them after the other gives the same tokens, and its
     hidden layer, up to eight times as wide as they are, is half as large at once. That is done where as many numbers
     pass through as in the largest merged layer: with fewer no peak is reached, and the weights would be read twice for
-    nothing.
+    nothing. Where feed-forward layers run on merged tokens themselves, nothing is done.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, session: MergeSession) -> None:
+        self._session = session
+        blocks = [m for m in root.modules() if "attn1" in m._modules]
+        if not {"ff", "block"}.isdisjoint(session.config.modules):
+            blocks = []
         self._layers = [
             layer
-            for layer in (block._modules.get("ff") for block in root.modules() if "attn1" in block._modules)
+            for layer in (block._modules.get("ff") for block in blocks)
             # a convolution sees a token's neighbours
             if layer is not None and all(weight.ndim <= 2 for weight in layer.parameters())
         ]
@@ -31,14 +37,19 @@ class HalvedFeedForward:
         self._second: tuple[Tensor, int] | None = None  # a half to come, and the dimension that was halved
         self._put_on()  # before a compiler looks
 
-    def follow(self, largest: int) -> None:
-        """Pairs are kept of layers that have so many numbers at most; 0: none are."""
-        if largest and not self._on:
+    def follow(self) -> None:
+        """Be there while the session keeps pairs, and only then: a call has begun, or a layer has been merged."""
+        self._least = 0 if self._session.suspended else self._session.largest
+        self._second = None
+        if self._least and not self._on:
             self._put_on()
-        elif self._on and not largest:
-            self._hooks.close()
-            self._on = False
-        self._least, self._second = largest, None
+        elif self._on and not self._least:
+            self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self._hooks.close()
+        self._on, self._least, self._second = False, 0, None
 
     def begin_compiled(self) -> None:
         """The compiler looks at a call of the root, in which nothing has been merged yet."""

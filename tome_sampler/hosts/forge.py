@@ -1,7 +1,8 @@
 """Forge and its relatives: patches on a clone of the model patcher, for one sampling pass.
 
 Patches are closures over the pass: a patcher that is cloned again deep-copies bound methods and callable objects, but
-leaves functions alone. Nothing is undone: the host drops the clone at the next pass.
+leaves functions alone. None is undone: the host drops the clone at the next pass. What the model itself has, and
+:meth:`ForgePass.close` takes away, are the feed-forward's hooks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from tome_sampler.attention import proportional_attention
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.a1111 import OTHER_CALL
+from tome_sampler.hosts.feedforward import HalvedFeedForward
 from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
@@ -45,6 +47,7 @@ class ForgePass:
         self._place: tuple[int, ...] = ()
         self._open: tuple[Pairing, bool] | None = None
         self._reached = False
+        self._feed_forward: HalvedFeedForward | None = None
         self._started = self._uncond = False  # whether a call has been made in this step, and one of uncond rows
         self._foreign: set[tuple[str, int]] = set()  # blocks whose attention another extension replaces
 
@@ -59,7 +62,7 @@ class ForgePass:
             raise ValueError(f"modules is {'+'.join(modules)}, and this host lets only attn1 be merged")
         if len(modules) > 1:
             self.session.note("this host lets only attn1 be merged: the other modules run on all tokens")
-        model = getattr(unet.model, "diffusion_model", None)
+        model: Any = getattr(unet.model, "diffusion_model", None)
         names = [name for name, _ in model.named_modules()] if isinstance(model, nn.Module) else []
         if not any(name.rsplit(".", 1)[-1] == "attn1" for name in names):
             raise ValueError(
@@ -86,12 +89,15 @@ class ForgePass:
                     )
         else:
             self.session.note("this host's attention was not found: merged keys count once each")
+        self._feed_forward = HalvedFeedForward(model, self.session)
         return unet
 
     def close(self) -> None:
         """Stop merging and let go of all tensors; statistics stay."""
         self.session.suspended = True
         self._open = None
+        if self._feed_forward is not None:
+            self._feed_forward.remove()
         self.session.release()
 
     def _merge(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
@@ -114,6 +120,8 @@ class ForgePass:
                 return n, context, value
             with self.session.timed("merging", n.device):
                 merged = pairing.merge(n)
+            if self._feed_forward is not None:
+                self._feed_forward.follow()
         except Exception as error:
             self._fail(error)
             return n, context, value
@@ -168,6 +176,8 @@ class ForgePass:
         else:
             self.session.note(OTHER_CALL)
         self.session.begin(call)
+        if self._feed_forward is not None:
+            self._feed_forward.follow()
 
     def _fail(self, error: Exception) -> None:
         self.session.suspended = True

@@ -106,12 +106,11 @@ class _Attachment:
         self._call: AbstractContextManager[None] | None = None
         self._compiled = Compiled(root, session, describe, [], observe, self._wake)
         self._reached = False  # whether a layer has run
-        apart = {"ff", "block"}.isdisjoint(session.config.modules)  # else it works on merged tokens
-        self._feed_forward = HalvedFeedForward(root) if apart else None
         self._parts: list[_Hooked] = []
         self._idle: set[int] = set()  # those of them to ask the session about: this call has left them alone, again
         self._resting: list[_Hooked] = []  # those whose hooks are off
         blocks = mergeable(root)
+        self._feed_forward = HalvedFeedForward(root, session)
         try:
             _hook(self._stack, root, self._begin, self._end)
             for number, (name, block) in enumerate(blocks):
@@ -124,8 +123,7 @@ class _Attachment:
         """Take every hook off again. Nothing keeps the attachment alive then: compiled graphs look for it."""
         self._stack.close()
         self._abandon()
-        if self._feed_forward is not None:
-            self._feed_forward.follow(0)
+        self._feed_forward.remove()
         self._parts.clear()
         self._resting.clear()
 
@@ -157,11 +155,6 @@ class _Attachment:
             for hooked in self._resting:
                 hooked.on()
             self._resting.clear()
-
-    def _spare_memory(self) -> None:
-        """Make up for the pairs that are kept, where the feed-forward works on all tokens."""
-        if self._feed_forward is not None:
-            self._feed_forward.follow(0 if self.session.suspended else self.session.largest)
 
     def _hook_block(self, number: int, name: str, block: nn.Module) -> None:
         config = self.session.config
@@ -215,13 +208,13 @@ class _Attachment:
                     return self._compiled.skip()
                 else:
                     merged = self._compiled.merge(number, x, metric, None)
-                if merged is not None and self._feed_forward is not None:
+                if merged is not None:
                     self._feed_forward.merged_compiled(x)
                 return None if merged is None else _with_tokens(merged, x, args, kwargs)
             opened = self._merge(layer, x, self._block_input.get(block))
             if opened is None:
                 return None
-            self._spare_memory()
+            self._feed_forward.follow()
             given = self._attend(module, opened) if attends else opened.merged
             self._open[module] = opened
             return _with_tokens(given, x, args, kwargs)
@@ -339,8 +332,7 @@ class _Attachment:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_compiling():
-            if self._feed_forward is not None:
-                self._feed_forward.begin_compiled()
+            self._feed_forward.begin_compiled()
             x, time = _latent_and_time(args, kwargs)
             if not isinstance(x, Tensor) or x.ndim not in (4, 5):
                 return None
@@ -354,7 +346,7 @@ class _Attachment:
                 self._call = self.session.call(call)
                 self._call.__enter__()
         self._wake()
-        self._spare_memory()
+        self._feed_forward.follow()
         return None
 
     def _of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:
