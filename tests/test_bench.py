@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +272,33 @@ def test_zero_overhead_does_the_attention_of_its_method_and_no_more(
     with torch.no_grad(), attention_seen(host.model) as left, bound.on():
         bound.call(inputs, SIGMA, 0)
     assert {tokens for tokens, _ in left.values()} == {64}  # the merged layers do not even project
+
+
+@torch.no_grad()
+def test_zero_overhead_halves_the_feed_forward_where_its_method_does(host: Host, inputs: tuple[Tensor, Tensor]) -> None:
+    ours = Merged("default", host, HALF)
+    plans = Plans({"later": plan_in(ours, "refresh", SIGMA)})
+    methods = [ours, ZeroOverhead("zero_overhead", ours, plans), Bound("bound", ours, plans)]
+    lengths: list[int] = []
+    for name, layer in host.model.named_modules():
+        if name.endswith(".ff"):
+
+            def forward(x: Tensor, forward: Callable[[Tensor], Tensor] = layer.forward) -> Tensor:
+                lengths.append(x.shape[1])
+                return forward(x)
+
+            layer.forward = forward  # type: ignore[method-assign]
+    seen = []
+    for method in methods:
+        method.begin("refresh" if method is ours else "", SIGMA)
+        with method.on():
+            method.call(inputs, SIGMA, 0)
+        seen.append(lengths.copy())
+        lengths.clear()
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == {128, 64}
+    assert set(seen[2]) == {256, 64}  # the bound leaves it as it is
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.model.modules())
 
 
 def plan_in(method: Method, phase: str, sigma: float) -> Plan:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from tome_sampler.attention import proportional_attention
-from tome_sampler.bench.methods import LENGTHS, PLAIN, Inputs, Method, part_of
+from tome_sampler.bench.methods import LENGTHS, PLAIN, Inputs, Merged, Method, part_of
+from tome_sampler.hosts.feedforward import HalvedFeedForward
+from tome_sampler.session import MergeSession
 
 _PARTS = ("attn1", "attn2", "ff")
 
@@ -138,11 +140,17 @@ class Limit(Method):
 
     @contextmanager
     def on(self) -> Iterator[None]:
+        plan = next(self._coming)
         with ExitStack() as stack:
-            for name, short in next(self._coming).items():
+            for name, short in plan.items():
                 module = self.host.model.get_submodule(name)
                 stack.enter_context(_forward(module, self.stand_in(module, short)))
+            stack.enter_context(self.besides(plan))
             yield
+
+    def besides(self, plan: Plan) -> AbstractContextManager[None]:
+        """What the method does besides merging, and its limit does too."""
+        return nullcontext()
 
     def stand_in(self, module: nn.Module, short: Short) -> Any:
         """What the module does instead."""
@@ -170,7 +178,8 @@ class Bound(Limit):
 
 
 class ZeroOverhead(Limit):
-    """The merged layers are given ready-made short sequences, and a ready-made long result is taken for theirs."""
+    """The merged layers are given ready-made short sequences, and a ready-made long result is taken for theirs. With
+    merging of ours the feed-forward is halved here, too."""
 
     def __init__(self, name: str, of: Method, plans: Plans) -> None:
         super().__init__(name, of, plans)
@@ -201,8 +210,23 @@ class ZeroOverhead(Limit):
 
         return ready
 
+    @contextmanager
+    def besides(self, plan: Plan) -> Iterator[None]:
+        if not plan or not isinstance(self._of, Merged):
+            yield
+            return
+        session = MergeSession(self._of.config)
+        session.largest = max(short.shape[0] * short.tokens * short.shape[2] for short in plan.values())
+        halved = HalvedFeedForward(self.host.model, session)
+        halved.follow()
+        try:
+            yield
+        finally:
+            halved.remove()
+
     def work(self, plan: Plan) -> Hashable:
-        return tuple((name, s.shape, s.log_size is not None, s.outer) for name, s in plan.items())
+        lengths = ((name, s.shape, s.log_size is not None, s.outer) for name, s in plan.items())
+        return isinstance(self._of, Merged), *lengths
 
     def release(self) -> None:
         self._ready.clear()
