@@ -120,14 +120,13 @@ def test_a_model_that_was_compiled_before_says_so_and_afterwards_it_is_as_it_was
     assert torch.equal(call(compiled, 500), plain)
 
 
-def test_another_size_is_merged_at_its_own_length() -> None:
-    unet = tiny_unet()
-    with merging(unet, FIXED, branches=("uncond", "cond")):
-        eager = [call(unet, 500, size) for size in (16, 24)]
-    with merging(unet, FIXED, branches=("uncond", "cond")):
-        compiled = torch.compile(unet, backend="eager")
+def test_another_size_is_merged_at_its_own_length(ldm_unet: LdmUNet) -> None:
+    with merging(ldm_unet, FIXED, branches=("uncond", "cond")):
+        eager = [call_ldm(ldm_unet, 500, size=size) for size in (16, 24)]
+    with merging(ldm_unet, FIXED, branches=("uncond", "cond")):
+        compiled = torch.compile(ldm_unet, backend="eager")
         for size, picture in zip((16, 24), eager, strict=True):
-            torch.testing.assert_close(call(compiled, 500, size), picture, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(call_ldm(compiled, 500, size=size), picture, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("uncompiled", "small", "dynamic"), [(3, 0, True), (3, 2, None), (3, 2, True), (0, 3, None)])
