@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from conftest import tiny_unet
 from ldm import LdmUNet
+from test_feedforward import watched
 from test_hooks import call_ldm
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -155,23 +156,15 @@ def test_the_feed_forward_is_halved_in_a_graph_that_merges(merges: str) -> None:
     """And gives the same picture; layers of a coarser level run at once."""
     unet = tiny_unet()
     config = FIXED if merges == "fixed" else MergeConfig(min_tokens=0, floor=0.3)
-    lengths: list[int] = []
-    for name, layer in unet.named_modules():
-        if name.endswith(".ff"):
-
-            def forward(x: Tensor, forward: Callable[[Tensor], Tensor] = layer.forward) -> Tensor:
-                lengths.append(x.shape[1])
-                return forward(x)
-
-            layer.forward = forward  # type: ignore[method-assign]
+    seen = watched(unet)
     with merging(unet, config, branches=("uncond", "cond")):
         eager = call(unet, 300)
-    uncompiled = lengths.copy()
-    lengths.clear()
+    uncompiled = seen.copy()
+    seen.clear()
     with merging(unet, config, branches=("uncond", "cond")):
         torch.testing.assert_close(call(torch.compile(unet, backend="eager"), 300), eager, atol=1e-5, rtol=1e-5)
-    assert lengths == uncompiled
-    assert set(lengths) == {128, 64}
+    assert seen == uncompiled
+    assert {n for lengths in seen.values() for n in lengths} == {128, 64}
 
 
 @pytest.mark.parametrize("config", [FIXED, MergeConfig(min_tokens=0), FIXED.with_(modules=("block",))])

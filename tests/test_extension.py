@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_feedforward import watched
 from torch import Tensor, nn
 from webui import A1111, Forge, Host, Interrupted, clean_modules
 
@@ -331,23 +332,14 @@ def test_forge_merges_attn1_and_says_so_if_more_is_asked_for(forge: Forge) -> No
 @pytest.mark.parametrize("host", ["a1111", "forge"])
 def test_the_feed_forward_is_halved_in_a_merged_pass_and_in_no_other(host: str, request: pytest.FixtureRequest) -> None:
     webui = request.getfixturevalue(host)
-    layer = next(m for name, m in unet_of(webui).named_modules() if name.endswith("ff"))
-    lengths: list[int] = []
-    forward = layer.forward
-
-    def watched(x: Tensor) -> Tensor:
-        lengths.append(x.shape[1])
-        return forward(x)
-
-    layer.forward = watched
+    seen = watched(unet_of(webui))
     plain, _ = webui.generate([])
-    whole = set(lengths)
-    lengths.clear()
+    name = next(iter(seen))  # of the finest level
+    whole = set(seen.pop(name))
     webui.generate([FAST])
-    assert set(lengths) == {n // 2 for n in whole}
-    lengths.clear()
+    assert set(seen.pop(name)) == {n // 2 for n in whole}
     assert same(plain, webui.generate([])[0])
-    assert set(lengths) == whole
+    assert set(seen[name]) == whole
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet_of(webui).modules())
     assert not webui.errors
 
