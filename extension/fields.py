@@ -23,9 +23,9 @@ OFF, CUSTOM = "Off", "Custom"
 
 @dataclass(frozen=True)
 class Field:
-    """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices", "refresh",
-    "threshold", "optional" or "tokens". low, high, step: the control's; a whole or plain number may not be outside
-    them."""
+    """A setting. name: the field of ``MergeConfig``. kind: "number", "whole", "flag", "choice", "choices",
+    "optional choices", "refresh", "threshold", "optional" or "tokens". low, high, step: the control's; a whole or plain
+    number may not be outside them."""
 
     name: str
     label: str
@@ -44,7 +44,12 @@ class Field:
     @property
     def nullable(self) -> bool:
         """Whether None is a value: off."""
-        return self.kind in ("threshold", "optional")
+        return self.kind in ("threshold", "optional", "optional choices")
+
+    @property
+    def several(self) -> bool:
+        """Whether a value is some of the choices."""
+        return self.kind in ("choices", "optional choices")
 
     def shown(self, config: MergeConfig) -> Any:
         """What the control shows."""
@@ -53,7 +58,7 @@ class Field:
             return 0.0 if value is None else max(value, 0.0)
         if self.kind in ("refresh", "optional", "tokens"):
             return self.text(config)
-        return list(value) if self.kind == "choices" else value
+        return list(value or ()) if self.several else value
 
     def read(self, value: Any) -> Any:
         """The configuration's value, from a control, a caller or (text) an infotext or axis.
@@ -71,11 +76,16 @@ class Field:
             if value not in self.choices:
                 raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(self.choices)}")
             return value
-        if self.kind == "choices":
+        if self.several:
+            if self.nullable and (value is None or value == []):  # no box is ticked
+                return None
             if isinstance(value, str):
                 value = [part.strip() for part in value.replace("+", ",").split(",") if part.strip()]
             if not isinstance(value, (list, tuple)) or not value or any(v not in self.choices for v in value):
-                raise ValueError(f"{self.name} is {value!r}; it must name at least one of {', '.join(self.choices)}")
+                other = ", or be null: as later" if self.nullable else ""
+                raise ValueError(
+                    f"{self.name} is {value!r}; it must name at least one of {', '.join(self.choices)}{other}"
+                )
             return tuple(v for v in self.choices if v in value)
         if self.kind == "refresh":
             return read_refresh(value)
@@ -101,7 +111,7 @@ class Field:
         value = getattr(config, self.name)
         if self.kind == "refresh":
             return refresh_text(value)
-        if self.kind == "choices":
+        if self.several and value is not None:
             return "+".join(value)
         if isinstance(value, float):
             return repr(float(value)).removesuffix(".0")  # every digit, or another picture would come of it
@@ -158,7 +168,7 @@ FIELDS: tuple[Field, ...] = (
           choices=("row", "max")),
     Field("share_branches", "Share between cond and uncond", "flag", "match once for both"),
     Field("share_layers", "Share between layers", "flag", "match once for all layers of a level"),
-    Field("modules", "Merge in", "choices", "which parts of a transformer block; Forge can merge attn1 only",
+    Field("modules", "Merge in", "choices", "which parts of a transformer block; Forge: attn1 or block only",
           choices=MODULES),
     Field("prune_until", "Prune until", "number", "up to this fraction tokens are dropped and not averaged"),
     Field("proportional", "Proportional attention", "flag", "a merged key counts for as many tokens as it stands for"),
@@ -173,6 +183,8 @@ FIELDS: tuple[Field, ...] = (
           choices=("off", "0.5", "0.75", "0.9")),
     Field("early_sigma", "Early until sigma", "number",
           "the noise level where the early part ends; runs fall from about 15 to 0", low=0.1, high=15.0, step=0.1),
+    Field("early_modules", "Early merge in", "optional choices",
+          "which parts of a block in the early part, none: as later; 'block' is faster and less exact", choices=MODULES),
 )  # fmt: skip
 """In the order of callers' positional arguments, so new ones come last."""
 BY_NAME = {field.name: field for field in FIELDS}

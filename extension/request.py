@@ -183,6 +183,8 @@ def schema() -> dict[str, Any]:
             entry = {"type": "string", "enum": list(field.choices)}
         elif field.kind == "choices":
             entry = {"type": "array", "items": {"enum": list(field.choices)}, "minItems": 1}
+        elif field.kind == "optional choices":
+            entry = {"type": ["array", "null"], "items": {"enum": list(field.choices)}}
         else:
             entry = {"type": ["string", "object"], "examples": list(field.choices)}
         default = MergeConfig().to_dict()[field.name]

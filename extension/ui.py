@@ -20,7 +20,7 @@ TO_CUSTOM = {"fn": None, JS: f"() => {CUSTOM!r}", "show_progress": False}
 QUIET = {"show_progress": False, "queue": False}
 EXPLAINED = (
     *("ratio", "early_ratio", "early_sigma", "threshold", "floor", "stride", "destinations", "search", "start", "end"),
-    "modules",
+    *("modules", "early_modules"),
 )
 
 
@@ -67,7 +67,8 @@ def accordion(
             )
             second = [*own_hires.values(), others]
         with gr.Accordion("Advanced merge settings", open=False, elem_id=elem_id("advanced")):
-            rest = ["early_sigma", *(f.name for f in FIELDS if f.name not in (*MAIN, "early_sigma"))]
+            early = ("early_sigma", "early_modules")
+            rest = [*early, *(f.name for f in FIELDS if f.name not in (*MAIN, *early))]
             controls |= _rows(rest, 3, values, elem_id)
         status = gr.HTML(status_html(summary()), elem_id=elem_id("status"))
     # the host would keep what the presets were when it first saw them, and later show that under their names
@@ -155,6 +156,8 @@ def _idle(config: MergeConfig) -> list[tuple[str, str]]:
     found = []
     if config.early is None:
         found.append((BY_NAME["early_sigma"].label, "without an early ratio"))
+        if config.early_modules is not None:
+            found.append((BY_NAME["early_modules"].label, "without an early ratio"))
     if config.threshold is None:
         found.append((BY_NAME["floor"].label, "without a threshold"))
         found.append((BY_NAME["batch_rule"].label, "without a threshold"))
@@ -188,7 +191,7 @@ def _control(field: Field, value: Any, elem_id: Callable[[str], str], prefix: st
         return gr.Checkbox(value, info=field.info, **common)
     if field.kind == "choice":
         return gr.Radio(list(field.choices), value=value, info=field.info, **common)
-    if field.kind == "choices":
+    if field.several:
         return gr.CheckboxGroup(list(field.choices), value=value, info=field.info, **common)
     if field.kind in ("refresh", "optional", "tokens"):
         return gr.Dropdown(list(field.choices), value=value, info=field.info, allow_custom_value=True, **common)

@@ -45,11 +45,13 @@ def call(unet: nn.Module | Callable[..., Any], t: int, size: int = 16) -> Tensor
         FIXED.with_(levels=2, ratio=0.75),
         FIXED.with_(modules=("attn1", "attn2", "ff")),
         FIXED.with_(modules=("block",)),
+        FIXED.with_(early_modules=("block",)),
+        FIXED.with_(modules=("attn1", "ff"), early_modules=("attn2",)),
         FIXED.with_(proportional=False),
         MergeConfig.preset("tomesd"),
         MergeConfig.preset("importance", ratio=0.5),
     ],
-    ids=["ratio", "levels", "modules", "block", "once", "tomesd", "importance"],
+    ids=["ratio", "levels", "modules", "block", "early block", "early part", "once", "tomesd", "importance"],
 )
 def test_a_fixed_ratio_is_one_graph_for_each_part_of_a_run(config: MergeConfig) -> None:
     unet = tiny_unet()

@@ -23,6 +23,9 @@ POLICIES = st.one_of(
 )
 
 
+MODULES = st.just(("block",)) | st.lists(st.sampled_from(["attn1", "attn2", "ff"]), min_size=1, unique=True).map(tuple)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> MergeConfig:
     stride = draw(st.integers(2, 5))
@@ -43,7 +46,8 @@ def configs(draw: st.DrawFn) -> MergeConfig:
         importance=draw(st.floats(0, 2)),
         protect=draw(st.floats(0, 1)),
         levels=draw(st.integers(1, 9)),
-        modules=tuple(draw(st.lists(st.sampled_from(["attn1", "attn2", "ff"]), min_size=1, unique=True))),
+        modules=draw(MODULES),
+        early_modules=draw(st.none() | MODULES),
         min_tokens=draw(st.just("auto") | st.integers(0, 1 << 20)),
         neighbourhood=draw(st.integers(1, 9)),
         metric=draw(st.sampled_from(["attention", "block"])),
@@ -108,6 +112,10 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("modules", "attn1", "attn1, attn2, ff"),
     ("modules", ("attn1", "attn1"), "once"),
     ("modules", ("attn1", "block"), "the only one"),
+    ("early_modules", (), "attn1, attn2, ff"),
+    ("early_modules", "block", "attn1, attn2, ff"),
+    ("early_modules", ("block", "block"), "once"),
+    ("early_modules", ("block", "ff"), "the only one"),
     ("min_tokens", -1, "at least 0"),
     ("min_tokens", "all", "'auto' or a whole number"),
     ("search", "far", "global, local"),
@@ -153,6 +161,10 @@ def test_the_early_part_has_the_smallest_cells_that_can_give_it(early_ratio: flo
     config = MergeConfig(ratio=0.3, early_ratio=early_ratio, proportional=False)
     assert config.early is not None
     assert config.early == config.with_(ratio=early_ratio, threshold=None, stride=config.early.stride, early_ratio=None)
+    assert config.all_modules == {"attn1"}
+    with_blocks = config.with_(early_modules=("block",))
+    assert with_blocks.early == config.early.with_(modules=("block",))
+    assert with_blocks.all_modules == {"attn1", "block"}
     assert config.early.stride == 2 or early_ratio > 1 - 1 / (config.early.stride - 1) ** 2
     assert config.is_early(3.1)
     assert not config.is_early(3.0)
@@ -161,6 +173,7 @@ def test_the_early_part_has_the_smallest_cells_that_can_give_it(early_ratio: flo
 def test_without_an_early_part_there_is_none() -> None:
     for config in (MergeConfig(early_ratio=None), MergeConfig(ratio=0), MergeConfig.preset("tomesd")):
         assert config.early is None
+        assert config.with_(early_modules=("block",)).all_modules == {"attn1"}
         assert not config.is_early(10.0)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from webui import A1111, Forge, Host, Interrupted, clean_modules
 
 from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.forge import ForgePass
 
 ON = {"enabled": True, "preset": "tomesd"}
 FAST = {"enabled": True, "preset": "balanced", "ratio": 0.5, "threshold": None, "early_ratio": None, "min_tokens": 0}
@@ -242,6 +243,31 @@ def test_a1111_projections_that_another_extension_replaces_get_all_tokens(a1111:
     assert not a1111.errors
 
 
+def test_a1111_cross_attention_that_another_extension_replaces_gets_all_tokens(a1111: A1111) -> None:
+    """Regional Prompter cuts its masks to the number of tokens that it expects."""
+    layers: list[Any] = [m.attn2 for m in unet_of(a1111).modules() if hasattr(m, "attn2")]
+    lengths: set[int] = set()
+    plain, _ = a1111.generate([])
+    for layer in layers:
+
+        def forward(x: Tensor, context: Tensor, original: Any = layer.forward) -> Tensor:
+            lengths.add(x.shape[1])
+            return original(x, context=context)
+
+        layer.forward = forward
+    attention, _ = a1111.generate([FAST])
+    assert not same(plain, attention)
+    for fields in ({"modules": ["block"]}, {"early_ratio": 0.5, "early_modules": ["attn2"]}):
+        assert same(plain, a1111.generate([{**FAST, **fields}])[0])
+        assert "Regional Prompter" in last(a1111)["summary"]
+    assert lengths == {32 * 32, 16 * 16}
+    for layer in layers:
+        del layer.forward
+    blocks, _ = a1111.generate([{**FAST, "modules": ["block"]}])
+    assert not any(same(blocks, other) for other in (plain, attention))
+    assert not a1111.errors
+
+
 def test_a1111_blocks_that_another_extension_drives_get_all_tokens(a1111: A1111) -> None:
     """ControlNet's reference: the model's forward, replaced, runs every block on another picture's latent first."""
     unet: Any = unet_of(a1111)
@@ -319,13 +345,81 @@ def test_forge_split_calls_and_guidance_off(forge: Forge) -> None:
     assert not forge.errors
 
 
-def test_forge_merges_attn1_and_says_so_if_more_is_asked_for(forge: Forge) -> None:
+def test_forge_merges_attn1_and_blocks_and_says_so_if_more_is_asked_for(forge: Forge) -> None:
     plain, _ = forge.generate([])
     merged, _ = forge.generate([FAST])
     assert same(merged, forge.generate([{**FAST, "modules": ["attn1", "ff"]}])[0])
-    assert any("only attn1" in note for note in last(forge)["passes"][0]["statistics"]["notes"])
-    assert same(plain, forge.generate([{**FAST, "modules": ["block"]}])[0])
-    assert "modules is block" in last(forge)["stood_aside"]
+    assert any("only attn1 and block" in note for note in last(forge)["passes"][0]["statistics"]["notes"])
+    early = {**FAST, "early_ratio": 0.5, "early_sigma": 1.0}
+    one = forge.generate([early])[0]
+    assert same(one, forge.generate([{**early, "early_modules": ["attn1", "attn2"]}])[0])
+    assert any("only attn1 and block" in note for note in last(forge)["passes"][0]["statistics"]["notes"])
+    assert same(plain, forge.generate([{**FAST, "modules": ["ff"]}])[0])
+    assert "modules is ff" in last(forge)["stood_aside"]
+    assert not forge.errors
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6])
+def test_forge_blocks_on_merged_duplicates_are_exact(forge: Forge, ratio: float) -> None:
+    """Though they add to the tokens that they are given in place."""
+    h = torch.randn(2, 16, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3)  # each 2x2 cell is one token
+    context, transformer = torch.randn(2, 3, 8), unet_of(forge).input_blocks[1]
+    told = {"cond_or_uncond": [1, 0], "sigmas": torch.tensor([1.0]), "original_shape": [2, 4, 16, 16]}
+    plain = transformer(h, context, dict(told))
+    config = MergeConfig(modules=("block",), ratio=ratio, threshold=None, min_tokens=0)
+    errors: list[Exception] = []
+    work = ForgePass(config, torch.zeros(1, 4, 16, 16), errors.append)
+    options = work.patched(forge.clean).model_options["transformer_options"]
+    torch.testing.assert_close(transformer(h, context, {**options, **told}), plain, rtol=1e-4, atol=1e-4)
+    assert work.session.stats.to_dict()["merged_fraction"] == pytest.approx(ratio, abs=0.01)
+    work.close()
+    assert torch.equal(transformer(h, context, dict(told)), plain)
+    assert not errors
+
+
+def test_forge_merges_whole_blocks_and_early_ones_alone(forge: Forge) -> None:
+    before = [dict(m._forward_pre_hooks) for m in unet_of(forge).modules()]
+    plain, _ = forge.generate([])
+    merged, _ = forge.generate([FAST])
+    blocks, _ = forge.generate([{**FAST, "modules": ["block"]}])
+    statistics = last(forge)["passes"][0]["statistics"]
+    assert statistics["merged_fraction"] == pytest.approx(0.5)
+    assert set(statistics["layers"]) == {"input.1.0", "output.0.0"}
+    assert not any(same(blocks, other) for other in (plain, merged))
+    early, _ = forge.generate([{**FAST, "early_ratio": 0.75, "early_sigma": 1.0, "early_modules": ["block"]}])
+    shares = {
+        (step["sigma"] > 1, name, round(1 - layer["tokens_after"] / layer["tokens_before"], 3))
+        for step in last(forge)["passes"][0]["statistics"]["steps"]
+        for name, layer in step["layers"].items()
+    }
+    assert shares == {
+        *((True, name, 0.75) for name in ("input.1.0", "output.0.0")),
+        *((False, f"{name}.attn1", 0.5) for name in ("input.1.0", "output.0.0")),
+    }
+    assert not any(same(early, other) for other in (plain, merged, blocks))
+    assert same(plain, forge.generate([])[0])
+    assert [dict(m._forward_pre_hooks) for m in unet_of(forge).modules()] == before
+    assert not forge.errors
+
+
+@pytest.mark.parametrize("patch", ["attn1", "attn2"])
+def test_forge_blocks_whose_tokens_other_extensions_see_are_not_merged_whole(forge: Forge, patch: str) -> None:
+    lengths: set[int] = set()
+
+    def see(n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        lengths.add(n.shape[1])
+        return n, context, value
+
+    def put_on(unet: Any) -> None:
+        getattr(unet, f"set_model_{patch}_patch")(see)
+
+    forge.later = put_on
+    attention, _ = forge.generate([FAST])
+    lengths.clear()
+    blocks, _ = forge.generate([{**FAST, "modules": ["block"]}])
+    assert any("other extensions see" in note for note in last(forge)["passes"][0]["statistics"]["notes"])
+    assert same(blocks, attention)
+    assert patch == "attn1" or min(lengths) == 16 * 16  # all of the coarser level's
     assert not forge.errors
 
 

@@ -138,6 +138,14 @@ def test_a_layer_that_merges_itself_is_not_halved(ldm_unet: LdmUNet) -> None:
             del layer.forward
 
 
+def test_with_blocks_merged_early_the_later_part_is_halved(ldm_unet: LdmUNet) -> None:
+    seen = watched(ldm_unet)
+    with merging(ldm_unet, CONFIG.with_(early_modules=("block",)), branches=("uncond", "cond")):
+        for t in (900, 890, 300):
+            call_ldm(ldm_unet, t=t)
+    assert seen["first.ff"] == [16, 16, 32, 32]
+
+
 def test_where_nothing_is_merged_nothing_is_halved_and_no_hook_is_left(host: tuple[nn.Module, Call]) -> None:
     """No pairs in an unmerged run, and none any more once another size has begun."""
     model, call = host

@@ -67,8 +67,9 @@ def host(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
 def test_leaving_restores_bit_for_bit(host: tuple[nn.Module, Call]) -> None:
     model, call = host
     plain, weights, before = call(model), copy.deepcopy(model.state_dict()), trace(model)
-    for preset, modules in itertools.product(PRESETS, (("attn1", "attn2", "ff"), ("block",))):
-        config = MergeConfig.preset(preset, min_tokens=0, modules=modules, floor=0.2)
+    choices = ((("attn1", "attn2", "ff"), None), (("block",), ("ff",)), (("attn1",), ("block",)))
+    for preset, (modules, early) in itertools.product(PRESETS, choices):
+        config = MergeConfig.preset(preset, min_tokens=0, modules=modules, early_modules=early, floor=0.2)
         with merging(model, config, branches=("uncond", "cond")) as session:
             merged = call(model)
             assert session.stats.to_dict()["merged_fraction"] > 0
@@ -84,13 +85,18 @@ def test_leaving_restores_bit_for_bit(host: tuple[nn.Module, Call]) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["attn1", "attn1.to_q", "ff", "merge", "unmerge", "body"])
 @pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize("modules", [("attn1", "ff"), ("block",)])
+@pytest.mark.parametrize(
+    ("modules", "early", "t"),
+    [(("attn1", "ff"), None, 500), (("block",), None, 500), (("attn1",), ("block",), 900), (("block",), ("ff",), 500)],
+)
 def test_an_exception_or_interrupt_leaves_no_trace(
     host: tuple[nn.Module, Call],
     error: type[BaseException],
     where: str,
     proportional: bool,
     modules: tuple[str, ...],
+    early: tuple[str, ...] | None,
+    t: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, call = host
@@ -102,11 +108,11 @@ def test_an_exception_or_interrupt_leaves_no_trace(
     block = next(m for m in model.modules() if hasattr(m, "attn1"))
     own = block.get_submodule(where).register_forward_hook(fail) if where in ("attn1", "attn1.to_q", "ff") else None
     before = trace(model)
-    config = CONFIG.with_(proportional=proportional, metric="block", modules=modules)
+    config = CONFIG.with_(proportional=proportional, metric="block", modules=modules, early_modules=early)
     if where in ("merge", "unmerge"):
         monkeypatch.setattr(Pairing, where, fail)
     with pytest.raises(error, match="on purpose"), merging(model, config) as session:
-        fail() if where == "body" else call(model)
+        fail() if where == "body" else call(model, t=t)  # type: ignore[call-arg]
     monkeypatch.undo()
     assert _get_current_function_mode_stack() == []
     assert session.current is None
@@ -405,22 +411,35 @@ class Blocks(nn.Module):
         return tokens
 
 
+class InPlaceBlock(BasicTransformerBlock):
+    """Adds to the tokens that it is given, as ComfyUI's and Forge's do."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x += self.attn1(self.norm1(x))
+        x += self.attn2(self.norm2(x), context=context)
+        return self.ff(self.norm3(x)).add_(x)
+
+
 @pytest.mark.parametrize("ratio", [0.75, 0.6])
-@pytest.mark.parametrize("reached", [True, False])
-def test_blocks_on_merged_duplicates_are_exact(ratio: float, reached: bool) -> None:
-    model = Blocks().eval()
-    if not reached:
-        for block in model.blocks:
+@pytest.mark.parametrize("kind", ["usual", "unreached", "in place", "compiled"])
+def test_blocks_on_merged_duplicates_are_exact(ratio: float, kind: str) -> None:
+    model: nn.Module = Blocks().eval()
+    for number, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        if kind == "unreached":
             block.attn1 = Unreachable(16)
+        if kind in ("in place", "compiled"):
+            model.blocks[number] = InPlaceBlock(16, 8).eval()  # type: ignore[index]
+    run = torch.compile(model, backend="eager") if kind == "compiled" else model
     x = torch.randn(2, 16, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)  # each 2x2 cell is one token
     context, t = torch.randn(2, 3, 8), torch.tensor(500)
     error = {}
     for proportional in (True, False):
         config = CONFIG.with_(modules=("block",), ratio=ratio, threshold=None, proportional=proportional)
         with torch.no_grad():
-            exact = model(x, t, context)
+            exact = model(x.clone(), t, context)
             with merging(model, config, branches=("uncond", "cond")) as session:
-                error[proportional] = (model(x, t, context) - exact).abs().max().item()
+                error[proportional] = (run(x.clone(), t, context) - exact).abs().max().item()
+        torch._dynamo.reset()
         assert session.stats.to_dict()["merged_fraction"] == pytest.approx(ratio, abs=0.02)
         assert not session.stats.notes
     assert error[True] < 1e-4
@@ -443,6 +462,43 @@ def test_all_of_a_block_runs_on_merged_tokens_and_each_token_keeps_what_is_its_o
     assert seen == {"attn1": 32, "attn2": 32, "ff": 32}
     assert ends[0].shape[1] == 64
     assert len(ends[0][0].unique(dim=0)) == 64  # no two tokens have become one
+
+
+@pytest.mark.parametrize("threshold", [None, 0.9])
+@pytest.mark.parametrize(
+    ("modules", "early", "merged"),
+    [
+        (("attn1",), ("block",), {"attn1", "attn2", "ff"}),
+        (("attn1",), ("attn2", "ff"), {"attn2", "ff"}),
+        (("block",), ("attn1",), {"attn1"}),
+    ],
+)
+def test_the_early_part_merges_in_modules_of_its_own(
+    ldm_unet: LdmUNet, modules: tuple[str, ...], early: tuple[str, ...], merged: set[str], threshold: float | None
+) -> None:
+    """Each part of a run gives the very tokens of a run that merges so throughout."""
+    config = CONFIG.with_(modules=modules, early_modules=early, threshold=threshold)
+    alone = {}
+    for t, those in ((900, early), (300, modules)):
+        with merging(ldm_unet, config.with_(modules=those, early_modules=None), branches=("uncond", "cond")):
+            alone[t] = call_ldm(ldm_unet, t=t)
+    block = next(m for m in ldm_unet.modules() if hasattr(m, "attn1"))
+    seen: dict[str, set[int]] = {name: set() for name in ("attn1", "attn2", "ff")}
+    for name, lengths in seen.items():
+        layer = block.get_submodule(name)
+
+        def forward(x: Tensor, *rest: Any, lengths: set[int] = lengths, inner: Any = layer.forward, **more: Any) -> Any:
+            lengths.add(x.shape[1])
+            return inner(x, *rest, **more)
+
+        layer.forward = forward  # type: ignore[method-assign]
+    with merging(ldm_unet, config, branches=("uncond", "cond")) as session:
+        assert torch.equal(call_ldm(ldm_unet, t=900), alone[900])
+        assert {name for name, lengths in seen.items() if lengths == {16}} == merged  # a quarter of 64
+        call_ldm(ldm_unet, t=890)
+        assert torch.equal(call_ldm(ldm_unet, t=300), alone[300])
+    assert session.stats.to_dict()["pairings_made"] == 2 * 2  # each block in each part
+    assert not session.stats.notes
 
 
 def test_what_replaces_a_projection_acts_on_merged_tokens(unet: nn.Module) -> None:

@@ -58,6 +58,7 @@ configs = st.builds(
     importance=st.floats(0, 2),
     levels=st.integers(1, 4),
     modules=st.sampled_from([("attn1",), ("attn1", "ff"), ("attn1", "attn2", "ff")]),
+    early_modules=st.sampled_from([None, ("block",), ("attn1",), ("attn1", "ff")]),
     refresh=refreshes,
     start=st.floats(0, 0.5),
     end=st.floats(0.5, 1),
@@ -238,6 +239,9 @@ def test_published_methods_keep_their_names_in_an_old_infotext() -> None:
         assert read.config.early is None
 
 
+PARTS = "attn1, attn2, ff, block, or be null: as later"
+
+
 def test_no_early_part_and_nothing_merged_early_are_two_things() -> None:
     field = table.BY_NAME["early_ratio"]
     for off in (None, "off", " Off", "none"):
@@ -256,6 +260,9 @@ def test_no_early_part_and_nothing_merged_early_are_two_things() -> None:
     [
         ({"early_ratio": 1}, "early_ratio is 1; it must be a number from 0 to 0.99, or null for off"),
         ({"early_ratio": "much"}, "early_ratio is 'much'; it must be a number from 0 to 0.99, or null for off"),
+        ({"early_modules": ["attn3"]}, f"early_modules is ['attn3']; it must name at least one of {PARTS}"),
+        ({"early_modules": "blocks"}, f"early_modules is ['blocks']; it must name at least one of {PARTS}"),
+        ({"early_modules": 3}, f"early_modules is 3; it must name at least one of {PARTS}"),
         ({"early_ratio": True}, "early_ratio is True; it must be a number from 0 to 0.99, or null for off"),
         ({"early_sigma": 0}, "early_sigma is 0; it must be a number from 0.1 to 15"),
         ({"early_sigma": "off"}, "early_sigma is 'off'; it must be a number from 0.1 to 15"),
@@ -265,6 +272,21 @@ def test_no_early_part_and_nothing_merged_early_are_two_things() -> None:
 def test_an_early_part_out_of_range_is_said_in_one_line(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         request.read_dict(asked)
+
+
+def test_early_modules_are_read_in_every_spelling_and_none_is_as_later() -> None:
+    field = table.BY_NAME["early_modules"]
+    for none in (None, [], "off", " None", ""):
+        assert field.read(none) is None
+    for block in (["block"], ("block",), "block"):
+        assert field.read(block) == ("block",)
+    assert field.read("ff+attn1") == ("attn1", "ff")
+    config = MergeConfig(early_modules=("block",))
+    assert infotext.written(request.Request("Balanced", config)) == {
+        "ToMe Sampler": "Balanced", "ToMe presets": "2", "ToMe early modules": "block"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"^early_modules is \('ff', 'block'\); 'block' holds the others already"):
+        request.read_dict({"early_modules": ["ff", "block"]})
 
 
 def test_presets_saved_before_the_early_part_have_none(tmp_path: Path) -> None:

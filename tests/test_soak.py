@@ -28,6 +28,10 @@ class Interrupt(BaseException):
     """Not an Exception, as Ctrl-C is not."""
 
 
+def any_modules(draw: random.Random) -> tuple[str, ...]:
+    return draw.choice([("block",), tuple(draw.sample(["attn1", "attn2", "ff"], draw.randint(1, 3)))])
+
+
 def any_config(draw: random.Random) -> MergeConfig:
     stride = draw.choice([2, 2, 3, 4])
     destinations = draw.choice(["grid", "cell", "pool"])
@@ -45,7 +49,9 @@ def any_config(draw: random.Random) -> MergeConfig:
         importance=draw.uniform(0, 2),
         protect=draw.choice([0.0, draw.random()]),
         levels=draw.choice([1, 2]),
-        modules=tuple(draw.sample(["attn1", "attn2", "ff"], draw.randint(1, 3))),
+        early_ratio=draw.choice([None, draw.random() * 0.99]),
+        modules=any_modules(draw),
+        early_modules=draw.choice([None, any_modules(draw)]),
         min_tokens=draw.choice([0, 0, 30]),
         neighbourhood=draw.choice([1, 2]),
         metric=draw.choice(["attention", "block"]),

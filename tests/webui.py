@@ -416,37 +416,44 @@ class A1111(Host):
         return denoised
 
 
-class ForgeTransformer(nn.Module):
-    """A spatial transformer whose block hands its attention to patches as Forge's does."""
+class ForgeBlock(BasicTransformerBlock):
+    """A block that hands its attention to patches, and adds to its tokens in place, as Forge's does."""
 
-    def __init__(self, block: BasicTransformerBlock, place: tuple[str, int]) -> None:
+    def forward(self, x: Tensor, context: Tensor, transformer_options: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        place, patches = transformer_options["block"], transformer_options.get("patches", {})
+        replaced = transformer_options.get("patches_replace", {}).get("attn1", {})
+        extra = {k: v for k, v in transformer_options.items() if k not in ("patches", "patches_replace")}
+        extra |= {"n_heads": self.attn1.heads, "dim_head": 8}
+        n = self.norm1(x)
+        k = v = n
+        for patch in patches.get("attn1_patch", []):
+            n, k, v = patch(n, k, v, extra)
+        q, k, v = self.attn1.to_q(n), self.attn1.to_k(k), self.attn1.to_v(v)
+        n = replaced[place](q, k, v, extra) if place in replaced else attention_function(q, k, v, self.attn1.heads)
+        n = self.attn1.to_out(n)
+        for patch in patches.get("attn1_output_patch", []):
+            n = patch(n, extra)
+        x += n
+        n = self.norm2(x)
+        for patch in patches.get("attn2_patch", []):
+            n, *_ = patch(n, context, context, extra)
+        x += self.attn2(n, context=context)
+        return self.ff(self.norm3(x)).add_(x)
+
+
+class ForgeTransformer(nn.Module):
+    """A spatial transformer of one block."""
+
+    def __init__(self, block: nn.Module, place: tuple[str, int]) -> None:
         super().__init__()
-        self.block, self.place = block, place
+        self.block, self.place = ForgeBlock(16, 8), place
+        self.block.load_state_dict(block.state_dict())
 
     def forward(self, h: Tensor, context: Tensor, options: dict[str, Any]) -> Tensor:
         for modifier in options.get("inner_modifiers", []):
             h = modifier(h, "before", self, 0, None, options)
-        x = h.flatten(2).transpose(1, 2)
-        patches = options.get("patches", {})
-        replaced = options.get("patches_replace", {}).get("attn1", {})
-        extra = {k: v for k, v in options.items() if k not in ("patches", "patches_replace")}
-        attention = self.block.attn1
-        extra |= {"block": self.place, "block_index": 0, "n_heads": attention.heads, "dim_head": 8}
-        n = self.block.norm1(x)
-        k = v = n
-        for patch in patches.get("attn1_patch", []):
-            n, k, v = patch(n, k, v, extra)
-        if self.place in replaced:
-            n = replaced[self.place](attention.to_q(n), attention.to_k(k), attention.to_v(v), extra)
-            n = attention.to_out(n)
-        else:
-            q, k, v = attention.to_q(n), attention.to_k(k), attention.to_v(v)
-            n = attention.to_out(attention_function(q, k, v, attention.heads))
-        for patch in patches.get("attn1_output_patch", []):
-            n = patch(n, extra)
-        x = x + n
-        x = x + self.block.attn2(self.block.norm2(x), context=context)
-        x = x + self.block.ff(self.block.norm3(x))
+        options |= {"block": self.place, "block_index": 0}
+        x = self.block(h.flatten(2).transpose(1, 2).contiguous(), context=context, transformer_options=options)
         return x.transpose(1, 2).view_as(h)
 
 
@@ -486,6 +493,9 @@ class UnetPatcher:
 
     def set_model_attn1_output_patch(self, patch: Any) -> None:
         self._patch("attn1_output_patch", patch)
+
+    def set_model_attn2_patch(self, patch: Any) -> None:
+        self._patch("attn2_patch", patch)
 
     def set_model_attn1_replace(self, patch: Any, stage: str, number: int) -> None:
         replace = self.model_options["transformer_options"].setdefault("patches_replace", {})

@@ -62,6 +62,7 @@ class MergeConfig:
         levels: on how many of the finest attention levels that the model has, >= 1.
         modules: which of "attn1", "attn2", "ff" run on merged tokens, each merged by itself; or "block": whole
             transformer blocks, merged once, which give every token what its group's mean has gained.
+        early_modules: which of them do in the run's early part, if there is one; None: as later.
         min_tokens: layers with fewer tokens are left alone. "auto": those where it would not pay on this kind of
             device, see :mod:`tome_sampler.gate`. 0: none is.
 
@@ -102,6 +103,7 @@ class MergeConfig:
     protect: float = 0.0
     levels: int = 1
     modules: tuple[str, ...] = ("attn1",)
+    early_modules: tuple[str, ...] | None = None
     min_tokens: int | Literal["auto"] = "auto"
     search: Search = "global"
     neighbourhood: int = 1
@@ -149,15 +151,9 @@ class MergeConfig:
         for name in ("random", "share_branches", "share_layers", "proportional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        if not isinstance(self.modules, (tuple, list)) or not self.modules:
-            raise ValueError(f"modules is {self.modules!r}; it must be a list of at least one of {', '.join(MODULES)}")
-        object.__setattr__(self, "modules", tuple(self.modules))
-        for module in self.modules:
-            _one_of("modules", module, MODULES)
-        if len(set(self.modules)) < len(self.modules):
-            raise ValueError(f"modules is {self.modules!r}; it must name each one once")
-        if "block" in self.modules and len(self.modules) > 1:
-            raise ValueError(f"modules is {self.modules!r}; 'block' holds the others already and must be the only one")
+        object.__setattr__(self, "modules", _modules("modules", self.modules))
+        if self.early_modules is not None:
+            object.__setattr__(self, "early_modules", _modules("early_modules", self.early_modules))
         if self.destinations == "pool" and self.search == "local":
             raise ValueError("search is 'local', which needs one destination per cell; destinations 'pool' has none")
         if not isinstance(self.refresh, Refresh):
@@ -165,12 +161,24 @@ class MergeConfig:
 
     @cached_property
     def early(self) -> MergeConfig | None:
-        """What holds while sigma is above `early_sigma`, if that is something else: a fixed ratio, and the smallest
-        cells that can give it."""
+        """What holds while sigma is above `early_sigma`, if that is something else: a fixed ratio, the smallest cells
+        that can give it, and the early modules."""
         if self.early_ratio is None or self.ratio <= 0:
             return None
         stride = next(s for s in range(2, 11) if self.early_ratio <= 1 - 1 / s**2)
-        return self.with_(ratio=self.early_ratio, threshold=None, stride=stride, early_ratio=None)
+        return self.with_(
+            ratio=self.early_ratio,
+            threshold=None,
+            stride=stride,
+            modules=self.early_modules or self.modules,
+            early_ratio=None,
+            early_modules=None,
+        )
+
+    @cached_property
+    def all_modules(self) -> frozenset[str]:
+        """The modules that run on merged tokens in any part of a run."""
+        return frozenset(self.modules if self.early is None else (*self.modules, *self.early.modules))
 
     def is_early(self, sigma: float) -> bool:
         """Whether a noise level lies in a run's early part, where :attr:`early` holds."""
@@ -197,7 +205,11 @@ class MergeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can carry; :meth:`from_dict` gives an equal configuration back."""
-        return {**asdict(self), "modules": list(self.modules), "refresh": self.refresh.to_dict()}
+        lists = {
+            name: None if value is None else list(value)
+            for name, value in (("modules", self.modules), ("early_modules", self.early_modules))
+        }
+        return {**asdict(self), **lists, "refresh": self.refresh.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergeConfig:
@@ -211,6 +223,18 @@ class MergeConfig:
         if isinstance(values.get("refresh"), Mapping):
             values["refresh"] = refresh_from_dict(values["refresh"])
         return cls(**values)
+
+
+def _modules(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)) or not value:
+        raise ValueError(f"{name} is {value!r}; it must be a list of at least one of {', '.join(MODULES)}")
+    for module in value:
+        _one_of(name, module, MODULES)
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name} is {value!r}; it must name each one once")
+    if "block" in value and len(value) > 1:
+        raise ValueError(f"{name} is {value!r}; 'block' holds the others already and must be the only one")
+    return tuple(value)
 
 
 def _known(names: Mapping[str, Any]) -> None:

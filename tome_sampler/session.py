@@ -217,6 +217,11 @@ class MergeSession:
         self._evaluated = call.sigma, branches | set(call.branches)
         self._told |= set(call.images)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Which parts of a block run on merged tokens, in this part of the run."""
+        return self._now(self.early).modules
+
     def merge_as(self, early: bool) -> None:
         """This call merges as one of the run's early part does, or of the later one, whatever its noise level: the
         lengths of a compiled graph were settled before that was known."""

@@ -80,7 +80,7 @@ def read_value(field: str, text: str) -> Any:
     between them."""
     if field == "refresh":
         return read_refresh(text)
-    if field == "modules":
+    if field == "modules" or (field == "early_modules" and text != "None"):
         return tuple(text.split("+"))
     try:
         return ast.literal_eval(text)

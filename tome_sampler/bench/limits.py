@@ -24,11 +24,13 @@ _PARTS = ("attn1", "attn2", "ff")
 @dataclass(frozen=True, eq=False)
 class Short:
     """A module that gets (rows m channels), `shape`, where it gets `tokens` tokens without merging. log_size: what
-    its keys' logits gain, if they do. outer: no module around it gets a short sequence too."""
+    its keys' logits gain, if they do. block: the transformer block that it is, or is a part of. outer: no module around
+    it gets a short sequence too."""
 
     shape: torch.Size
     tokens: int
     log_size: Tensor | None
+    block: str
     outer: bool
 
 
@@ -93,8 +95,9 @@ def plan_of(seen: Seen, plain: Seen) -> Plan:
     for name, (shape, log_size) in seen.items():
         tokens = plain[name][0][1]
         if shape[1] < tokens:
-            block = name.rpartition(".")[0]
-            plan[name] = Short(shape, tokens, log_size, outer=block not in plan)
+            around, _, last = name.rpartition(".")
+            block = around if last in _PARTS else name
+            plan[name] = Short(shape, tokens, log_size, block, outer=around not in plan)
     return plan
 
 

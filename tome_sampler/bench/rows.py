@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tome_sampler.bench.limits import Plan
+from tome_sampler.bench.limits import Plan, Short
 from tome_sampler.bench.methods import LENGTHS, PLAIN, USUAL_STEPS, Method, makes_pairs, part_of
 from tome_sampler.bench.parts import PARTS
 from tome_sampler.bench.rounds import Findings
@@ -184,11 +184,21 @@ def _peak(found: Findings, method: Method) -> float | None:
 
 
 def _merged(plans: Sequence[Plan]) -> float:
-    """The fraction of the tokens that is merged away in the layers that any of these steps merges."""
-    outer = [{name: short for name, short in plan.items() if short.outer} for plan in plans]
-    layers = {name: short for plan in outer for name, short in plan.items()}
-    before = len(plans) * sum(short.shape[0] * short.tokens for short in layers.values())
-    left_out = sum(short.shape[0] * (short.tokens - short.shape[1]) for plan in outer for short in plan.values())
+    """The fraction of the tokens that is merged away in the blocks in which any of these steps merges: in the whole
+    block, or on average in those of its parts where the step does."""
+    steps: list[defaultdict[str, list[Short]]] = []
+    for plan in plans:
+        steps.append(defaultdict(list))
+        for short in plan.values():
+            if short.outer:
+                steps[-1][short.block].append(short)
+    tokens = {block: shorts[0].shape[0] * shorts[0].tokens for step in steps for block, shorts in step.items()}
+    before = len(plans) * sum(tokens.values())
+    left_out = sum(
+        tokens[block] * statistics.fmean(1 - short.shape[1] / short.tokens for short in shorts)
+        for step in steps
+        for block, shorts in step.items()
+    )
     return left_out / before if before else 0.0
 
 

@@ -32,6 +32,7 @@ class A1111Pass:
         self._failed = failed
         self._unet: nn.Module | None = None
         self._attention: list[tuple[nn.Module, list[nn.Module]]] = []  # its blocks, and the layers of their attn1
+        self._cross: list[nn.Module] = []  # their attn2, if it runs on merged tokens
         self._detach: Callable[[], None] | None = None
         # of the guidance under way: its noise level, latent size, and the rows that the U-Net will be called with
         self._sigma: float | None = None
@@ -94,7 +95,7 @@ class A1111Pass:
         if self._detach is not None:
             self._detach()
         self._detach = self._unet = None
-        self._attention = []
+        self._attention, self._cross = [], []
         self._forget_call()
 
     def _take(self, unet: nn.Module, table: Tensor | None) -> None:
@@ -109,6 +110,9 @@ class A1111Pass:
             for block in unet.modules()
             if isinstance(attention := getattr(block, "attn1", None), nn.Module)
         ]
+        if not self.config.all_modules.isdisjoint({"attn2", "block"}):
+            layers = (getattr(block, "attn2", None) for block, _ in self._attention)
+            self._cross = [layer for layer in layers if isinstance(layer, nn.Module)]
         self.sessions.append(session)
 
     def _fail(self, error: Exception) -> None:
@@ -119,7 +123,7 @@ class A1111Pass:
     def _describe(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """The next rows of what guidance told of. A tile, or a call that guidance knows nothing of, passes through."""
         x = args[0] if args else kwargs.get("x")
-        first, foreign = self._next, _foreign(root, self._attention)
+        first, foreign = self._next, _foreign(root, self._attention, self._cross)
         if foreign is None and isinstance(x, Tensor) and tuple(x.shape[-2:]) == self._size:
             end = first + x.shape[0]
             if end <= len(self._branches):
@@ -134,11 +138,16 @@ class A1111Pass:
         self._conds = self._next = 0
 
 
-def _foreign(unet: nn.Module, attention: list[tuple[nn.Module, list[nn.Module]]]) -> str | None:
+def _foreign(
+    unet: nn.Module, attention: list[tuple[nn.Module, list[nn.Module]]], cross: list[nn.Module]
+) -> str | None:
     """Who else works inside the attention of a U-Net that is about to run, so that it needs all its tokens; or None.
+    cross: cross-attention layers that would run on merged tokens.
 
     ControlNet replaces methods of the modules themselves, and hands most of them back as bound methods when it is done.
     """
+    if any(_replaced(layer, "forward") for layer in cross):
+        return "another extension replaces cross-attention (Regional Prompter does); merge in attn1 alone: passed through"
     driven = _replaced(unet, "forward")
     for block, layers in attention:
         if driven and _replaced(block, "_forward"):  # the reference's own pass would be merged, and the picture's not

@@ -167,20 +167,21 @@ class Compiled:
         self._open.append(_Opened(x, x, block.row, block.sizes))
         return x[:, :1]
 
-    def close(self, module: nn.Module, output: Tensor, kind: str) -> Tensor:
-        """A layer's output for all its tokens. kind: "attention", "inner" (in a block), "block" or "other"."""
+    def close(self, module: nn.Module, output: Tensor, part: str) -> Tensor:
+        """A layer's output for all its tokens; for those of its block, if it is the attention of a whole "block"."""
         opened = self._open.pop()
         if opened is None:
             return output
-        if kind in ("attention", "inner") and opened.sizes is not None:
+        if part in ("attn1", "block") and opened.sizes is not None:
             own = own_attention(module, opened.merged, opened.sizes)
             assert own is not None  # merge has asked
             output = own
-        if kind == "inner":
-            return output
-        if kind == "block":
-            return opened.given + opened.unmerged(output - opened.merged)
-        return opened.unmerged(output)
+        return output if part == "block" else opened.unmerged(output)
+
+    def close_block(self, output: Tensor) -> Tensor:
+        """A block's output for all its tokens."""
+        opened = self._open.pop()
+        return output if opened is None else opened.given + opened.unmerged(output - opened.merged)
 
     def _opened(self, number: int, x: Tensor, metric: Tensor | None) -> _Opened | None:
         if self.session.suspended or self._size is None:

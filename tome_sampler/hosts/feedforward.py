@@ -23,7 +23,7 @@ class HalvedFeedForward:
     def __init__(self, root: nn.Module, session: MergeSession) -> None:
         self._session = session
         blocks = [m for m in root.modules() if "attn1" in m._modules]
-        if not {"ff", "block"}.isdisjoint(session.config.modules):
+        if "ff" in session.config.all_modules or session.config.all_modules == {"block"}:
             blocks = []
         self._layers = [
             layer

@@ -2,12 +2,14 @@
 
 Patches are closures over the pass: a patcher that is cloned again deep-copies bound methods and callable objects, but
 leaves functions alone. None is undone: the host drops the clone at the next pass. What the model itself has, and
-:meth:`ForgePass.close` takes away, are the feed-forward's hooks.
+:meth:`ForgePass.close` takes away, are the hooks of whole blocks, for which there is no patch, and the feed-forward's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +25,9 @@ from tome_sampler.pairing import Pairing
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
 _STAGES = ("input", "middle", "output")
+_MERGEABLE = frozenset({"attn1", "block"})
+_INSIDE = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
+"""Patches that are given the tokens of a block."""
 _GRID = "tome_sampler_grid"
 _ATTENTION = (  # where the hosts keep the attention kernel that they have chosen
     ("backend.attention", "attention_function"),
@@ -30,11 +35,29 @@ _ATTENTION = (  # where the hosts keep the attention kernel that they have chose
 )
 
 
+@dataclass
+class _OpenBlock:
+    """A block that is running on merged tokens, and the tokens that it was given."""
+
+    pairing: Pairing
+    merged: Tensor
+    tokens: Tensor
+
+
+@dataclass
+class _OpenAttention:
+    """Attention that runs on merged tokens. counted: its keys' sizes matter. in_block: its block unmerges."""
+
+    pairing: Pairing
+    counted: bool
+    in_block: bool = False
+
+
 class ForgePass:
     """Merging in one sampling pass.
 
     Args:
-        config: how to merge; of the modules only "attn1" can be.
+        config: how to merge; of the modules only "attn1" and "block" can be.
         latent: the latent that will be sampled (images c h w); calls of another size, such as tiles, pass through.
         failed: is told of an error of ours; the pass goes on unmerged.
     """
@@ -45,7 +68,11 @@ class ForgePass:
         self._images, self._size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
         self._failed = failed
         self._place: tuple[int, ...] = ()
-        self._open: tuple[Pairing, bool] | None = None
+        self._open: _OpenAttention | None = None
+        self._open_block: _OpenBlock | None = None
+        self._entered: tuple[str, int] | None = None  # the block that is running, if its hooks have told of it
+        self._own: list[Callable[..., Any]] = []  # our patches
+        self._hooks = ExitStack()
         self._reached = False
         self._feed_forward: HalvedFeedForward | None = None
         self._started = self._uncond = False  # whether a call has been made in this step, and one of uncond rows
@@ -58,10 +85,10 @@ class ForgePass:
             ValueError: the model has no attention to merge, or none of what should be merged can be here.
         """
         modules = self.session.config.modules
-        if "attn1" not in modules:
-            raise ValueError(f"modules is {'+'.join(modules)}, and this host lets only attn1 be merged")
-        if len(modules) > 1:
-            self.session.note("this host lets only attn1 be merged: the other modules run on all tokens")
+        if _MERGEABLE.isdisjoint(modules):
+            raise ValueError(f"modules is {'+'.join(modules)}, and this host lets only attn1 and block be merged")
+        if self.session.config.all_modules - _MERGEABLE:
+            self.session.note("this host lets only attn1 and block be merged: other modules run on all tokens")
         model: Any = getattr(unet.model, "diffusion_model", None)
         names = [name for name, _ in model.named_modules()] if isinstance(model, nn.Module) else []
         if not any(name.rsplit(".", 1)[-1] == "attn1" for name in names):
@@ -77,45 +104,103 @@ class ForgePass:
         self._foreign |= {(key[0], key[1]) for key in replaced}
         if hasattr(unet, "add_block_inner_modifier"):
             unet.add_block_inner_modifier(_grid_of_layer)
-        unet.set_model_attn1_patch(lambda n, context, value, extra: self._merge(n, context, value, extra))
-        unet.set_model_attn1_output_patch(lambda n, extra: self._unmerge(n, extra))
+        unet.set_model_attn1_patch(self._ours(lambda n, context, value, extra: self._merge(n, context, value, extra)))
+        unet.set_model_attn1_output_patch(self._ours(lambda n, extra: self._unmerge(n, extra)))
         unet.set_model_sampler_post_cfg_function(lambda args: self._observe(args))
         attention = _host_attention()
         if attention is not None:
+            attend = self._ours(lambda q, k, v, extra: self._attend(q, k, v, extra, attention))
             for key in _blocks(model):
                 if key not in self._foreign:
-                    unet.set_model_attn1_replace(
-                        lambda q, k, v, extra: self._attend(q, k, v, extra, attention), key[0], key[1]
-                    )
+                    unet.set_model_attn1_replace(attend, key[0], key[1])
         else:
             self.session.note("this host's attention was not found: merged keys count once each")
+        if "block" in self.session.config.all_modules:
+            for block in (module for module in model.modules() if "attn1" in module._modules):
+                self._hooks.enter_context(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+                self._hooks.enter_context(block.register_forward_hook(self._after_block, always_call=True))
         self._feed_forward = HalvedFeedForward(model, self.session)
         return unet
 
     def close(self) -> None:
         """Stop merging and let go of all tensors; statistics stay."""
         self.session.suspended = True
-        self._open = None
+        self._open, self._open_block = None, None
+        self._hooks.close()
         if self._feed_forward is not None:
             self._feed_forward.remove()
         self.session.release()
 
-    def _merge(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        self._open = None
+    def _ours(self, patch: Callable[..., Any]) -> Callable[..., Any]:
+        self._own.append(patch)
+        return patch
+
+    def _enter(self, extra: dict[str, Any]) -> tuple[str, int] | None:
+        """The name and number of the block that runs, with which a model call may begin; None: it is left alone."""
+        block = extra.get("block", ("input", 0))
+        stage, number, inner = block[0], int(block[1]), int(extra.get("block_index", 0))
+        if stage not in _STAGES or (stage, number) in self._foreign:
+            return None
+        place = (_STAGES.index(stage), number, inner)
+        if place <= self._place or self.session.current is None:
+            self._begin(extra)
+        self._place = place
+        return f"{stage}.{number}.{inner}", place[0] << 16 | number << 8 | inner
+
+    def _shares(self, options: dict[str, Any]) -> bool:
+        """Whether other extensions' patches see the tokens of the block that runs: they may need all of them."""
+        patches, replaced = options.get("patches", {}), options.get("patches_replace", {})
+        inside = [patch for name in _INSIDE for patch in patches.get(name, ())]
+        own_block = tuple(options["block"][:2])
+        for name in ("attn1", "attn2"):
+            inside += [patch for key, patch in replaced.get(name, {}).items() if tuple(key[:2]) == own_block]
+        return any(patch not in self._own for patch in inside)
+
+    def _before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._open_block = self._entered = None
+        options, x = kwargs.get("transformer_options", args[2] if len(args) > 2 else {}), args[0] if args else None
+        if self.session.suspended or "block" not in options or not isinstance(x, Tensor):
+            return None
         try:
-            block = extra.get("block", ("input", 0))
-            stage, number, inner = block[0], int(block[1]), int(extra.get("block_index", 0))
-            if stage not in _STAGES or (stage, number) in self._foreign:
+            self._entered = self._enter(options)
+            if self._entered is None or "block" not in self.session.modules:
+                return None
+            if self._shares(options):
+                self.session.note("other extensions see the tokens of blocks: only self-attention is merged there")
+                return None
+            pairing = self.session.merge(Layer(*self._entered), x, grid=_grid(options))
+            if pairing is None:
+                return None
+            with self.session.timed("merging", x.device):
+                merged = pairing.merge(x)
+        except Exception as error:
+            self._fail(error)
+            return None
+        self._open_block = _OpenBlock(pairing, merged, x)
+        return (merged.clone(), *args[1:]), kwargs  # a copy: blocks add to what they are given in place
+
+    def _after_block(self, module: nn.Module, args: Any, output: Any) -> Any:
+        opened, self._open_block, self._entered = self._open_block, None, None
+        if opened is None or not isinstance(output, Tensor):
+            return None
+        with self.session.timed("merging", output.device):
+            return opened.pairing.unmerge(output - opened.merged) + opened.tokens
+
+    def _merge(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+        self._open, self._reached = None, False
+        counts = self.session.config.proportional
+        around = self._open_block
+        if around is not None:
+            self._open = _OpenAttention(around.pairing, counts or around.pairing.padded, in_block=True)
+            return n, context, value
+        try:
+            entered = self._entered or self._enter(extra)
+            if entered is None or _MERGEABLE.isdisjoint(self.session.modules):
                 return n, context, value
             if context is not n or value is not n:
                 self.session.note("another extension changes attention's q, k or v (LLLite does): passed through")
                 return n, context, value
-            place = (_STAGES.index(stage), number, inner)
-            if place <= self._place or self.session.current is None:
-                self._begin(extra)
-            self._place = place
-            layer = Layer(f"{stage}.{number}.{inner}.attn1", place[0] << 16 | number << 8 | inner)
-            pairing = self.session.merge(layer, n, grid=_grid(extra))
+            pairing = self.session.merge(Layer(f"{entered[0]}.attn1", entered[1]), n, grid=_grid(extra))
             if pairing is None:
                 return n, context, value
             with self.session.timed("merging", n.device):
@@ -125,15 +210,15 @@ class ForgePass:
         except Exception as error:
             self._fail(error)
             return n, context, value
-        self._open, self._reached = (pairing, self.session.config.proportional or pairing.padded), False
+        self._open = _OpenAttention(pairing, counts or pairing.padded)
         return merged, merged, merged
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], attention: Callable[..., Tensor]) -> Any:
         heads = extra["n_heads"]
         self._reached = True
-        if self._open is None or not self._open[1] or k.shape[1] != self._open[0].size.shape[1]:
+        if self._open is None or not self._open.counted or k.shape[1] != self._open.pairing.size.shape[1]:
             return attention(q, k, v, heads, mask=None)
-        pairing = self._open[0]
+        pairing = self._open.pairing
         q, k, v = (rearrange(x, "b m (h d) -> b h m d", h=heads) for x in (q, k, v))
         with proportional_attention(pairing.log_size if self.session.config.proportional else pairing.log_mask):
             return rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> b m (h d)")
@@ -141,13 +226,15 @@ class ForgePass:
     def _unmerge(self, n: Tensor, extra: dict[str, Any]) -> Tensor:
         if self._open is None:
             return n
-        (pairing, counted), self._open = self._open, None
-        if counted and not self._reached:
+        opened, self._open = self._open, None
+        if opened.counted and not self._reached:
             block = extra.get("block", ("input", 0))
             self._foreign.add((block[0], int(block[1])))
             self.session.note(f"another extension replaces the attention of {block[0]} block {block[1]}: left to it")
+        if opened.in_block:
+            return n
         with self.session.timed("merging", n.device):
-            return pairing.unmerge(n)
+            return opened.pairing.unmerge(n)
 
     def _observe(self, args: dict[str, Any]) -> Tensor:
         """After guidance. Where the uncond did not run, Forge hands over zeros for it, and reForge None."""

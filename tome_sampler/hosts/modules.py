@@ -169,19 +169,18 @@ class _Attachment:
                 self._block_input.pop(module, None)
 
             _hook(self._stack, block, remember, forget)
-        if config.modules == ("block",):
+        if "block" in config.all_modules:
             layer = Layer(name or "block", number)
             _hook(self._stack, block, self._before_block(layer), self._after_block)
             for attention in (block.attn1, getattr(block, "attn2", None)):
                 if isinstance(attention, nn.Module):
-                    _hook(self._stack, attention, self._before_attention_of(block), self._after("inner"))
-            return
-        for part in config.modules:
+                    _hook(self._stack, attention, self._before_attention_of(block), self._after("block"))
+        for part in sorted(config.all_modules - {"block"}):
             module = getattr(block, part, None)
             if isinstance(module, nn.Module):
                 layer = Layer(f"{name}.{part}" if name else part, number)
                 before = self._before(layer, block, part, place=len(self._parts))
-                hooked = _Hooked(layer, module, before, self._after("attention" if part == "attn1" else "other"))
+                hooked = _Hooked(layer, module, before, self._after(part))
                 hooked.on()
                 self._stack.enter_context(hooked.stack)
                 self._idle.add(len(self._parts))
@@ -193,6 +192,8 @@ class _Attachment:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
+            if part not in self.session.modules:
+                return None
             x = _tokens(args, kwargs)
             if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
                 self._idle.add(place)
@@ -226,23 +227,28 @@ class _Attachment:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._reached = True
+            if "block" not in self.session.modules:
+                return None
             masked = isinstance(kwargs.get("attention_mask"), Tensor)  # made for all tokens
             x = None if masked or _needs_all(kwargs) else _tokens(args, kwargs)
             if is_compiling():
                 if x is None:
                     return self._compiled.skip()
                 merged = self._compiled.merge(number, x, None, module.attn1)  # type: ignore[arg-type]
-                return None if merged is None else _with_tokens(merged, x, args, kwargs)
+                return None if merged is None else _with_tokens(merged.clone(), x, args, kwargs)
             opened = None if x is None else self._merge(layer, x, None)
             if x is None or opened is None:
                 return None
             self._open_blocks[module] = opened, x
-            return _with_tokens(opened.merged, x, args, kwargs)
+            # a copy: some blocks (ComfyUI's kind) add to what they are given in place
+            return _with_tokens(opened.merged.clone(), x, args, kwargs)
 
         return before
 
     def _before_attention_of(self, block: nn.Module) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if "block" not in self.session.modules:
+                return None
             x = _tokens(args, kwargs)
             if is_compiling():
                 if x is None or not _attends_to_itself(x, args, kwargs) or not has_own_attention(module):
@@ -287,7 +293,7 @@ class _Attachment:
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if is_compiling():
-            return self._compiled.close(module, output, "block")
+            return self._compiled.close_block(output) if "block" in self.session.modules else None
         if module not in self._open_blocks:
             return None
         opened, x = self._open_blocks.pop(module)
@@ -296,10 +302,12 @@ class _Attachment:
         with self.session.timed("merging", output.device):
             return x + opened.pairing.unmerge(output - opened.merged)
 
-    def _after(self, kind: str) -> Any:
+    def _after(self, part: str) -> Any:
+        """The hook after a part of a block, or after an attention layer of a whole "block"."""
+
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if is_compiling():
-                return self._compiled.close(module, output, kind)
+                return self._compiled.close(module, output, part) if part in self.session.modules else None
             return self._close(module, output)
 
         return after
