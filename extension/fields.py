@@ -184,7 +184,7 @@ FIELDS: tuple[Field, ...] = (
     Field("early_sigma", "Early until sigma", "number",
           "the noise level where the early part ends; runs fall from about 15 to 0", low=0.1, high=15.0, step=0.1),
     Field("early_modules", "Early merge in", "optional choices",
-          "which parts of a block in the early part, none: as later; 'block' is faster and less exact", choices=MODULES),
+          "which parts in the early part, none: as later; 'block' is faster and less exact", choices=MODULES),
 )  # fmt: skip
 """In the order of callers' positional arguments, so new ones come last."""
 BY_NAME = {field.name: field for field in FIELDS}

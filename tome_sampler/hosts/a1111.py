@@ -138,16 +138,14 @@ class A1111Pass:
         self._conds = self._next = 0
 
 
-def _foreign(
-    unet: nn.Module, attention: list[tuple[nn.Module, list[nn.Module]]], cross: list[nn.Module]
-) -> str | None:
+def _foreign(unet: nn.Module, attention: list[tuple[nn.Module, list[nn.Module]]], cross: list[nn.Module]) -> str | None:
     """Who else works inside the attention of a U-Net that is about to run, so that it needs all its tokens; or None.
     cross: cross-attention layers that would run on merged tokens.
 
     ControlNet replaces methods of the modules themselves, and hands most of them back as bound methods when it is done.
     """
     if any(_replaced(layer, "forward") for layer in cross):
-        return "another extension replaces cross-attention (Regional Prompter does); merge in attn1 alone: passed through"
+        return "another extension replaces attn2 (Regional Prompter does), so merge in attn1 alone: passed through"
     driven = _replaced(unet, "forward")
     for block, layers in attention:
         if driven and _replaced(block, "_forward"):  # the reference's own pass would be merged, and the picture's not
