@@ -128,6 +128,27 @@ def test_the_early_part_has_its_own_ratio() -> None:
     assert without != merged
 
 
+def test_whole_blocks_in_all_of_a_run_and_in_its_early_part_alone(plain: list[bytes]) -> None:
+    fixed = {"preset": "balanced", "ratio": 0.5, "threshold": None, "early_ratio": 0.75, "min_tokens": 0}
+    pictures, names = [plain, generate([fixed])[0]], []
+    for modules, early in ((["block"], None), (["attn1"], ["block"])):
+        asked = {**fixed, "modules": modules, "early_modules": early}
+        merged, text = generate([asked])
+        assert ("ToMe modules: block" in text, "ToMe early modules: block" in text) == (early is None, early is not None)
+        steps = last()["passes"][0]["statistics"]["steps"]
+        names.append({(step["sigma"] > 3, name.endswith("attn1")) for step in steps for name in step["layers"]})
+        for step in steps:
+            for layer in step["layers"].values():
+                share = 1 - layer["tokens_after"] / layer["tokens_before"]
+                assert share == pytest.approx(0.75 if step["sigma"] > 3 else 0.5, abs=0.01)
+        assert not last()["passes"][0]["statistics"]["notes"]
+        assert merged not in pictures
+        assert generate([asked])[0] == merged
+        pictures.append(merged)
+    assert names == [{(True, False), (False, False)}, {(True, False), (False, True)}]
+    assert generate()[0] == plain
+
+
 def test_a_picture_is_the_same_alone_and_in_a_batch() -> None:
     # the host itself is not bit-exact here: its own batch of plain pictures says by how much
     alone, batch = generate()[0][0], generate(batch_size=2)[0]

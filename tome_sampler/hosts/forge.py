@@ -184,7 +184,7 @@ class ForgePass:
         if opened is None or not isinstance(output, Tensor):
             return None
         with self.session.timed("merging", output.device):
-            return opened.pairing.unmerge(output - opened.merged) + opened.tokens
+            return opened.pairing.unmerge(output - opened.merged).add_(opened.tokens)
 
     def _merge(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
         self._open, self._reached = None, False

@@ -300,7 +300,7 @@ class _Attachment:
         if not isinstance(output, Tensor):
             return None
         with self.session.timed("merging", output.device):
-            return x + opened.pairing.unmerge(output - opened.merged)
+            return opened.pairing.unmerge(output - opened.merged).add_(x)
 
     def _after(self, part: str) -> Any:
         """The hook after a part of a block, or after an attention layer of a whole "block"."""
