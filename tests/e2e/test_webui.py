@@ -134,7 +134,7 @@ def test_whole_blocks_in_all_of_a_run_and_in_its_early_part_alone(plain: list[by
     for modules, early in ((["block"], None), (["attn1"], ["block"])):
         asked = {**fixed, "modules": modules, "early_modules": early}
         merged, text = generate([asked])
-        assert ("ToMe modules: block" in text, "ToMe early modules: block" in text) == (early is None, early is not None)
+        assert f"ToMe {'modules' if early is None else 'early modules'}: block" in text
         steps = last()["passes"][0]["statistics"]["steps"]
         names.append({(step["sigma"] > 3, name.endswith("attn1")) for step in steps for name in step["layers"]})
         for step in steps:
