@@ -141,13 +141,19 @@ def _share(config: MergeConfig) -> str:
     later = f"{config.ratio:.0%}"
     if config.threshold is not None:
         later = f"{min(config.floor, config.ratio):.0%} to {later}"
-    text = f"Merges {later} of the tokens of a layer"
+    text = f"Merges {later} of the tokens of {_where(config)}"
     if config.early is not None:
-        first = f"{config.early.ratio:.0%}"
-        text = f"Merges {first} of the tokens of a layer while sigma is above {config.early_sigma:g}, then {later}"
+        first, early = f"{config.early.ratio:.0%}", _where(config.early)
+        text = f"Merges {first} of the tokens of {early} while sigma is above {config.early_sigma:g}, then {later}"
+        if early != _where(config):
+            text += f" of {_where(config)}"
     if config.start > 0 or config.end < 1:
         text += f"; only from {config.start:.0%} to {config.end:.0%} of the noise schedule"
     return text + "."
+
+
+def _where(config: MergeConfig) -> str:
+    return "a whole block" if "block" in config.modules else "a layer"
 
 
 def _idle(config: MergeConfig) -> list[tuple[str, str]]:

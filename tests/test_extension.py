@@ -865,6 +865,10 @@ def test_controls_explain_themselves(host: Host) -> None:
     assert explained(early_ratio="off").startswith(
         "Merges 20% to 50% of the tokens of a layer. <i>Early until sigma</i> has no effect without an early ratio. <i>"
     )
+    early = "Merges 75% of the tokens of a whole block while sigma is above 3, then 20% to 50% of a layer. <i>"
+    assert explained(early_modules=["block"]).startswith(early)
+    assert explained(modules=["block"]).startswith(first.replace("layer", "whole block") + ". <i>")
+    assert "<i>Early merge in</i> has no effect" in explained(early_modules=["block"], early_ratio="off")
     assert explained(start=0.25).startswith(first + "; only from 25% to 100% of the noise schedule. <i>")
     assert explained(ratio=0) == "Merges nothing in any part of the run: the ratio is 0."
     assert explained(start=1.0) == "Merges nothing: it ends where it starts."
