@@ -13,8 +13,8 @@ eval: $(INSTALLED)  ## how much of the picture each method keeps, a small set; t
 	$(VENV)/bin/tome-sampler eval --prompts 4 --json out/eval/rows.jsonl --markdown out/eval/table.md \
 	  --plot out/eval/plot.png --sheet out/eval/sheet.png
 
-test: $(INSTALLED)  ## the whole test suite
-	$(VENV)/bin/python -m pytest
+test: $(INSTALLED)  ## the whole test suite, in two processes
+	$(VENV)/bin/python -m pytest -n 2
 
 test-webui: $(INSTALLED)  ## drive a running WebUI that has the extension: make test-webui URL=http://127.0.0.1:7860
 	@test -n "$(URL)" || { echo "make test-webui needs URL=http://..., a running WebUI with --api"; exit 2; }
