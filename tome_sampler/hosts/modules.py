@@ -54,10 +54,11 @@ Observe = Callable[[nn.Module, Any], None]
 
 @dataclass
 class _Open:
-    """A layer that is running on merged tokens."""
+    """A layer that is running on merged tokens, and what it was given before they were."""
 
     pairing: Pairing
     merged: Tensor
+    given: Tensor
     log_size: Tensor | None = None  # what its keys' logits gain
     mode: proportional_attention | None = None
     in_block: bool = False  # its block merged them and will unmerge
@@ -100,7 +101,7 @@ class _Attachment:
         self.suspends: list[MergeSession] = []  # those that wait until this one is gone
         self._stack = ExitStack()
         self._open: dict[nn.Module, _Open] = {}
-        self._open_blocks: dict[nn.Module, tuple[_Open, Tensor]] = {}  # and the tokens that it was given
+        self._open_blocks: dict[nn.Module, _Open] = {}
         self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
@@ -239,7 +240,7 @@ class _Attachment:
             opened = None if x is None else self._merge(layer, x, None)
             if x is None or opened is None:
                 return None
-            self._open_blocks[module] = opened, x
+            self._open_blocks[module] = opened
             # a copy: some blocks (ComfyUI's kind) add to what they are given in place
             return _with_tokens(opened.merged.clone(), x, args, kwargs)
 
@@ -257,7 +258,7 @@ class _Attachment:
                 return None if given is None else _with_tokens(given, x, args, kwargs)
             if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
                 return None
-            self._open[module] = opened = _Open(self._open_blocks[block][0].pairing, x, in_block=True)
+            self._open[module] = opened = _Open(self._open_blocks[block].pairing, x, x, in_block=True)
             return _with_tokens(self._attend(module, opened), x, args, kwargs)
 
         return before
@@ -268,7 +269,8 @@ class _Attachment:
             if pairing is None:
                 return None
             with self.session.timed("merging", x.device):
-                return _Open(pairing, pairing.merge(x))
+                x = x.contiguous()  # once: a picture that is seen as tokens is read slowly
+                return _Open(pairing, pairing.merge(x), x)
         except Exception as error:
             if self._failed is None:
                 raise
@@ -296,11 +298,11 @@ class _Attachment:
             return self._compiled.close_block(output) if "block" in self.session.modules else None
         if module not in self._open_blocks:
             return None
-        opened, x = self._open_blocks.pop(module)
+        opened = self._open_blocks.pop(module)
         if not isinstance(output, Tensor):
             return None
         with self.session.timed("merging", output.device):
-            return opened.pairing.unmerge(output - opened.merged).add_(x)
+            return opened.pairing.unmerge(output - opened.merged).add_(opened.given)
 
     def _after(self, part: str) -> Any:
         """The hook after a part of a block, or after an attention layer of a whole "block"."""
