@@ -517,8 +517,9 @@ def _p(host: Host) -> Any:
     return Processing(host, [FAST])
 
 
+@pytest.mark.parametrize("modules", [["attn1"], ["block"]])
 def test_an_error_of_ours_leaves_the_plain_picture_and_is_said_once(
-    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: Host, modules: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from tome_sampler.session import MergeSession
 
@@ -529,7 +530,7 @@ def test_an_error_of_ours_leaves_the_plain_picture_and_is_said_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(MergeSession, "merge", broken)
-        picture, _ = host.generate([FAST])
+        picture, _ = host.generate([{**FAST, "modules": modules}])
     assert same(plain, picture)
     assert "a fault put in by the test" in host.app.run.record.summary
     assert sum("sampling goes on without it" in r.getMessage() for r in caplog.records) == 1
@@ -556,6 +557,34 @@ def test_nothing_is_left_after_an_exception_or_an_interrupt(host: Host, kind: ty
     assert hooks_on(unet_of(host)) == 0
     assert not host.app.run.at_work
     assert same(plain, host.generate([])[0])
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Interrupted])
+def test_nothing_is_left_after_one_inside_a_merged_block(host: Host, kind: type[BaseException]) -> None:
+    asked = {**FAST, "modules": ["block"]}
+    plain, merged = host.generate([])[0], host.generate([asked])[0]
+    layer: Any = next(m.attn2 for m in unet_of(host).modules() if hasattr(m, "attn2"))
+    whole = layer.to_q.forward
+    lengths: list[int] = []
+
+    def fail(x: Tensor) -> Tensor:
+        lengths.append(x.shape[1])
+        if len(lengths) == 2:
+            raise kind("a fault put in by the test")
+        return whole(x)
+
+    layer.to_q.forward = fail
+    if kind is RuntimeError:
+        with pytest.raises(RuntimeError, match="a fault"):
+            host.generate([asked])
+    else:
+        host.generate([asked])
+    del layer.to_q.forward
+    assert lengths == [512, 512]  # of 1024
+    assert hooks_on(unet_of(host)) == 0
+    assert not host.app.run.at_work
+    assert same(plain, host.generate([])[0])
+    assert same(merged, host.generate([asked])[0])
 
 
 def test_grid_cells(host: Host) -> None:
