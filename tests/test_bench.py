@@ -215,6 +215,18 @@ def test_a_run_is_put_together_of_all_kinds_of_steps_in_it(host: Host) -> None:
     assert found["default", 50]["seconds"] != row["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("modules", "early"), [(("attn1",), ("block",)), (("attn1", "ff"), ("attn1",)), (("block",), ("attn2", "ff"))]
+)
+def test_what_is_merged_counts_once_for_a_block_whichever_of_its_parts_it_is(
+    host: Host, modules: tuple[str, ...], early: tuple[str, ...]
+) -> None:
+    methods = [Method("plain", host), Merged("default", host, EARLY.with_(modules=modules, early_modules=early))]
+    found = Rounds(host, methods, repeats=1, steps=[], bound=False).measure(tqdm(disable=True))
+    rows = {(row["method"], row["steps"]): row for row in rows_of(found, {})}
+    assert rows["default", 20]["merged_fraction"] == pytest.approx((7 * 0.75 + 13 * 0.5) / 20)
+
+
 def test_a_run_is_plain_where_nothing_is_merged(host: Host) -> None:
     seconds = {"plain": 10.0, "bound": 1.0, "zero_overhead": 5.0, "default/refresh": 7.0, "default/reuse": 6.0}
     found = made_up(host, HALF.with_(end=0.5), seconds)
