@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tome_sampler import MergeConfig, MergeSession, ModelCall, demo, merging
 from tome_sampler.bench.parts import profiled
 from tome_sampler.hosts.modules import attached
+from tome_sampler.spelling import read_config
 
 CPU = torch.device("cpu")
 CONFIG = MergeConfig(min_tokens=0)
@@ -71,13 +72,14 @@ def small(name: str) -> tuple[nn.Module, Callable[[], Any], tuple[int, int], int
     [
         *(("embedded", preset) for preset in ("default", "quality", "fast", "tomesd")),
         ("ldm", "default"),
+        ("ldm", "default:early_modules=block"),
         ("animatediff", "default"),
     ],
 )
 def test_the_peak_with_merging_is_never_above_the_peak_without(name: str, preset: str) -> None:
     """Nor in the run's early part, nor on a step that makes pairs, nor with all that is kept by then."""
     model, call, size, images = small(name)
-    session = MergeSession(MergeConfig.preset(preset, min_tokens=0, floor=0.2))
+    session = MergeSession(read_config(preset, {"min_tokens": 0, "floor": 0.2}))
     with torch.no_grad():
         call()
         plain = profiled(call, CPU, 0)[0].peak
