@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_unet
 from ldm import CrossAttention, Unreachable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -287,3 +288,31 @@ def test_own_attention_does_not_stand_in_for_a_processor_of_another_kind(unet: n
         assert own_attention(attention, x, torch.zeros(1, 9)) is not None
         attention.set_processor(type("Perturbed", (), {"__call__": lambda *args, **kwargs: x})())
         assert own_attention(attention, x, torch.zeros(1, 9)) is None
+
+
+def test_another_kernel_in_the_place_of_torch_s_is_stood_in_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchs = F.scaled_dot_product_attention
+
+    def another(  # the signature of SageAttention's, whose documentation says to put it there
+        q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False, **rest: Any
+    ) -> Tensor:
+        assert tensor_layout in ("HND", "NHD")
+        with torch._C.DisableTorchFunction():
+            return torchs(q, k, v)
+
+    unet = tiny_unet()
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 8)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return unet(x, torch.tensor(500), encoder_hidden_states=context, return_dict=False)[0]
+
+    pictures = []
+    for kernel in (torchs, another):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+        with merging(unet, MergeConfig(min_tokens=0, threshold=None)) as session:
+            pictures.append(call())
+        assert session.stats.to_dict()["merged_fraction"] > 0
+        assert not session.stats.notes
+    torch.testing.assert_close(pictures[0], pictures[1], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(call(), pictures[1])

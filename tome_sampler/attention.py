@@ -24,6 +24,9 @@ FORM: dict[str, Form] = {"cpu": "mask"}
 """How log(size) is handed over, per device: a mask where the kernel takes one cheaply (`benchmarks/attention_form.py`),
 one more q/k channel elsewhere, because on CUDA a mask loses the flash kernel."""
 
+_SDPA: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
+"""Torch's own. What ``torch.nn.functional`` has by that name may be another kernel (SageAttention's way in), which adds
+nothing to its logits."""
 _SOFTMAX: set[Callable[..., Any]] = {torch.softmax, Tensor.softmax, F.softmax}
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _PLAIN_PROCESSORS = {
@@ -65,7 +68,7 @@ class proportional_attention(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is _SDPA:
             return self._sdpa(*args, **kwargs)
         if func in _SOFTMAX:
             logits = args[0] if args else kwargs["input"]
@@ -123,10 +126,9 @@ class proportional_attention(TorchFunctionMode):
         scale: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        sdpa = F.scaled_dot_product_attention
         bias = self._bias(key.transpose(-1, -2))
         if bias is None:
-            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
+            return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
         self.used = True
         form = self.form
         if attn_mask is not None:
@@ -146,9 +148,7 @@ def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | No
     heads: Any = module.heads
     to_q, to_k, to_v, to_out = [getattr(module, name) for name in _PROJECTIONS]
     q, k, v = (rearrange(to(x), "b m (h d) -> b h m d", h=heads) for to in (to_q, to_k, to_v))
-    bias = log_size.clamp(min=_NEVER).to(q.dtype)[:, None, None]
-    form = FORM.get(x.device.type, "channel")
-    out = _biased_attention(q, k, v, bias, form, scale=getattr(module, "scale", None))
+    out = counted_attention(q, k, v, log_size, getattr(module, "scale", None))
     out = rearrange(out, "b h m d -> b m (h d)")
     for part in to_out if isinstance(to_out, (nn.ModuleList, nn.Sequential)) else [to_out]:
         out = part(out)
@@ -167,6 +167,14 @@ def has_own_attention(module: nn.Module) -> bool:
     )
 
 
+def counted_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention (b heads i d) over m keys, whose logits gain `log_size` (b m)."""
+    bias = log_size.clamp(min=_NEVER).to(query.dtype)[:, None, None]
+    return _biased_attention(query, key, value, bias, FORM.get(query.device.type, "channel"), scale=scale)
+
+
 def _biased_attention(
     query: Tensor,
     key: Tensor,
@@ -179,9 +187,8 @@ def _biased_attention(
     **kwargs: Any,
 ) -> Tensor:
     """Attention whose logits gain bias (b ... 1 m), as a mask or as one more channel of query and key."""
-    sdpa = F.scaled_dot_product_attention
     if form == "mask":
-        return sdpa(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
+        return _SDPA(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
     d = query.shape[-1]
     scale = d**-0.5 if scale is None else scale
     # half the range: padding must stay finite in fp16, also in a kernel that adds the other channels to it
@@ -192,4 +199,4 @@ def _biased_attention(
     key = F.pad(torch.cat([key, bias], -1), (0, width))
     channels = value.shape[-1]
     value = F.pad(value, (0, max(query.shape[-1] - channels, 0)))
-    return sdpa(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]
+    return _SDPA(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]

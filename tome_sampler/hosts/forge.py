@@ -15,9 +15,8 @@ from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tome_sampler.attention import proportional_attention
+from tome_sampler.attention import counted_attention
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.a1111 import OTHER_CALL
 from tome_sampler.hosts.feedforward import HalvedFeedForward
@@ -220,8 +219,8 @@ class ForgePass:
             return attention(q, k, v, heads, mask=None)
         pairing = self._open.pairing
         q, k, v = (rearrange(x, "b m (h d) -> b h m d", h=heads) for x in (q, k, v))
-        with proportional_attention(pairing.log_size if self.session.config.proportional else pairing.log_mask):
-            return rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> b m (h d)")
+        log_size = pairing.log_size if self.session.config.proportional else pairing.log_mask
+        return rearrange(counted_attention(q, k, v, log_size), "b h m d -> b m (h d)")
 
     def _unmerge(self, n: Tensor, extra: dict[str, Any]) -> Tensor:
         if self._open is None:
