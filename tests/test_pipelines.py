@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
@@ -555,3 +556,16 @@ def test_reference_attention_counts_its_own_merged_keys_and_each_reference_once(
                 error[proportional] = (block.attn1(x, mode="r", ref=ref) - exact).abs().max().item()
         assert not session.stats.notes
     assert error[True] < 1e-5 < 1e-3 < error[False]
+
+
+def test_calls_of_another_row_count_are_laid_out_by_themselves(pipe: StableDiffusionPipeline) -> None:
+    """Self-attention guidance calls the denoiser once more, with the conditional rows alone."""
+    guided = like(pipe, StableDiffusionSAGPipeline)
+
+    def pictures(n: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(n)]
+        options = {"generator": generators, "num_images_per_prompt": n, "output_type": "latent"}
+        return guided("a b", num_inference_steps=2, height=SIDE, width=SIDE, **options).images
+
+    with merging(guided, FIXED):
+        torch.testing.assert_close(pictures(2)[:1], pictures(1), atol=1e-3, rtol=1e-3)

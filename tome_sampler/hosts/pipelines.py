@@ -52,7 +52,7 @@ class PipelineCalls:
         self._timesteps: Any = None  # the run's, known by identity
         self._noise = _NoiseLevels()
         self._latent_size: tuple[int, int] | None = None
-        self._checked: dict[tuple[str, ...] | None, tuple[str, ...] | None] = {}
+        self._checked: dict[tuple[tuple[str, ...] | None, int], tuple[str, ...] | None] = {}
         self._layout: tuple[str, ...] | None = None
 
     def call(self, root: nn.Module, x: Tensor, time: Any, kwargs: dict[str, Any]) -> ModelCall | None:
@@ -99,16 +99,18 @@ class PipelineCalls:
     def _layout_of(self, pipe: Any, root: nn.Module, x: Tensor) -> tuple[str, ...] | None:
         """Branches of the batch, in order, or None: unknown."""
         said = _said_layout(pipe)
-        if said not in self._checked:  # compared once a run: the host waits for the device there
+        # compared once a run, for each number of rows: the host waits for the device there
+        key = said, x.shape[0]
+        if key not in self._checked:
             channels = min(_config(root, "out_channels") or x.shape[1], x.shape[1])
             edits = (_config(root, "in_channels") or 0) > (_config(root, "out_channels") or math.inf)
-            self._checked[said] = _seen_layout(pipe, said, x[:, :channels], edits)
-            if said is not None and self._checked[said] is None:
+            self._checked[key] = _seen_layout(pipe, said, x[:, :channels], edits)
+            if said is not None and self._checked[key] is None:
                 self._session.note(
                     f"{type(pipe).__name__} says that its batch is {', '.join(said)}, and it is not: each row counts "
                     "as a picture of its own, without importance"
                 )
-        return self._checked[said]
+        return self._checked[key]
 
 
 def prediction(output: Any) -> Tensor | None:
