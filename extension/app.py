@@ -58,7 +58,7 @@ def image_saved(params: Any) -> None:
     path = Path(params.filename)
     if not wanted or getattr(params.p, "batch_index", 0) != 0 or path.name.startswith("grid-"):
         return
-    merged = [one for one in run.record.batch if not one.aside]
+    merged = [one for one in run.record_of(params.p).batch if not one.aside]
     maps = merged[-1].maps if merged else []
     for kind in KINDS:
         image = drawn(maps[-1], params.image, kind) if maps else None
@@ -82,7 +82,7 @@ def prepare(p: Any, args: Any) -> None:
 
 def begin_pass(p: Any, latent: Any) -> None:
     """``process_before_every_sampling``."""
-    if run.wanted:
+    if run.wanted(p):
         run.begin_pass(p, latent, obstacle(p), settings.least_tokens(), bool(settings.value("keep_maps", True)))
 
 
@@ -92,7 +92,7 @@ def finish(p: Any, processed: Any) -> None:
     images = getattr(processed, "images", None) or []
     first = getattr(processed, "index_of_first_image", 0)
     if run.owns(p) and len(images) > first:
-        run.record.keep_picture(images[first])
+        run.record_of(p).keep_picture(images[first])
     run.over(p)
 
 

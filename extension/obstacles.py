@@ -6,6 +6,10 @@ from typing import Any
 
 from modules import shared
 
+_OWN_KERNELS = ("xformers", "sub-quadratic")
+"""The host's attention that calls neither torch's attention nor its softmax: ours stands in for it, and a hypernetwork
+is not part of ours."""
+
 
 def obstacle(p: Any) -> str | None:
     """The reason to leave a pass of `p` unmerged, or None. Settings are settled by the time a pass starts."""
@@ -17,6 +21,13 @@ def obstacle(p: Any) -> str | None:
     second = is_hires and options.get("hypertile_enable_unet_secondpass")
     if (options.get("hypertile_enable_unet") or second) and not hasattr(p.sd_model, "forge_objects"):
         return "Hypertile is on for the U-Net; switch it off in the settings to use this one"
+    if getattr(shared, "loaded_hypernetworks", None) and not hasattr(p.sd_model, "forge_objects"):
+        attention = _attention()
+        if attention in _OWN_KERNELS:
+            return (
+                f"a hypernetwork acts inside attention of a kind that cannot be reached ({attention}); choose another "
+                "cross attention optimization, such as sdp or Doggettx, to use both"
+            )
     try:
         from modules import sd_unet
     except ImportError:
@@ -25,3 +36,12 @@ def obstacle(p: Any) -> str | None:
     if alternative is not None:
         return f"an alternative U-Net is in use ({type(alternative).__name__}), whose attention cannot be reached"
     return None
+
+
+def _attention() -> str | None:
+    """The host's cross attention optimization, by its name."""
+    try:
+        from modules.sd_hijack import model_hijack
+    except ImportError:
+        return None
+    return getattr(model_hijack, "optimization_method", None)

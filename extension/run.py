@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,18 +22,27 @@ from .request import DEFAULT, DISABLED, Request, read_args
 
 log = logging.getLogger("tome_sampler")
 AXES = "tome_sampler_axes"  # attribute of p: fields that a grid's cell replaces
+_ASKED = "tome_sampler_asked"  # attribute of p: what was asked of it
+
+
+@dataclass
+class _Asked:
+    """What a processing was asked for. It is kept on it, as other scripts run processings of their own between its
+    pictures. entries: of the infotext. said: reasons to stand aside that the log has."""
+
+    request: Request = DISABLED
+    entries: dict[str, str] = field(default_factory=dict)
+    record: RunRecord = field(default_factory=RunRecord)
+    said: set[str] = field(default_factory=set)
+    over: bool = False
 
 
 class Run:
-    """The run under way, of which there is one at most: hosts serialise their requests."""
+    """What is under way, of which one pass at most is being sampled: hosts serialise their requests."""
 
     def __init__(self) -> None:
-        self.record = RunRecord()
-        self._request: Request = DISABLED
-        self._entries: dict[str, str] = {}  # of the infotext
-        self._p: Any = None  # the processing under way, if it was asked to merge
+        self.record = RunRecord()  # of the processing whose pass was the last one
         self._at_work: A1111Pass | ForgePass | None = None
-        self._said: set[str] = set()
         self._keep_maps = True
 
     @property
@@ -40,14 +50,20 @@ class Run:
         """Whether a pass is being merged."""
         return self._at_work is not None
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the run under way was asked to merge."""
-        return self._request.on
+    @staticmethod
+    def wanted(p: Any) -> bool:
+        """Whether a processing was asked to merge."""
+        return _asked(p).request.on
 
-    def owns(self, p: Any) -> bool:
-        """Whether `p` is the processing under way and was asked to merge: hosts save other pictures too."""
-        return p is not None and p is self._p
+    @staticmethod
+    def owns(p: Any) -> bool:
+        """Whether `p` is under way and was asked to merge: hosts save other pictures too."""
+        return _asked(p).request.on and not _asked(p).over
+
+    @staticmethod
+    def record_of(p: Any) -> RunRecord:
+        """What a processing leaves behind."""
+        return _asked(p).record
 
     def prepare(
         self, p: Any, args: Sequence[Any], saved: Mapping[str, Mapping[str, Any]] | None, default: str = DEFAULT
@@ -58,7 +74,7 @@ class Run:
         look like a merged one.
         """
         self.abort()
-        self._request, self._entries, self._p, self._said = DISABLED, {}, None, set()
+        setattr(p, _ASKED, _Asked())
         # a grid's cells share the dict, so what another cell wrote is taken out and the dict is not changed
         p.extra_generation_params = {k: v for k, v in p.extra_generation_params.items() if not _is_ours(k)}
         try:
@@ -69,11 +85,11 @@ class Run:
         except ValueError as error:
             _refuse(p, f"{infotext.KEY}: {error}")
             return
-        self._request = request
         if request.on:
-            self.record, self._p = RunRecord(preset=request.preset), p
-            self._entries = infotext.written(request, saved)
-            p.extra_generation_params.update(self._entries)
+            asked = _Asked(request, infotext.written(request, saved), RunRecord(preset=request.preset))
+            setattr(p, _ASKED, asked)
+            self.record = asked.record
+            p.extra_generation_params.update(asked.entries)
 
     def begin_pass(
         self, p: Any, latent: torch.Tensor, obstacle: str | None, least: int = 0, keep_maps: bool = True
@@ -86,10 +102,11 @@ class Run:
             keep_maps: record where merging happened.
         """
         self.end_pass()
-        is_hires = bool(getattr(p, "is_hr_pass", False))
-        config = self._request.of_pass(is_hires)
+        is_hires, asked = bool(getattr(p, "is_hr_pass", False)), _asked(p)
+        config = asked.request.of_pass(is_hires)
         if config is None:
             return
+        self.record = asked.record
         if obstacle is None:
             obstacle = _unable(latent.device)
         if obstacle is not None:
@@ -169,7 +186,8 @@ class Run:
         """``postprocess``, or `p` is closed: what the host does next is none of ours."""
         self.end_pass()
         if self.owns(p):
-            self._p = None
+            self.record = self.record_of(p)
+        _asked(p).over = True
 
     def failed(self, error: Exception) -> None:
         """An error of ours: go on unmerged, and say so once."""
@@ -184,19 +202,24 @@ class Run:
         one = PassRecord(is_hires, MergeSession(config), config.to_dict(), aside=reason)
         one.finish([])
         self._add(p, one)
-        if reason not in self._said:
-            self._said.add(reason)
+        if reason not in _asked(p).said:
+            _asked(p).said.add(reason)
             log.warning("token merging stands aside: %s", reason)
 
     def _add(self, p: Any, one: PassRecord) -> None:
         """A pass starts, and the parameters say of this picture's passes what has become of them."""
         self.record.add(one)
-        entries = infotext.of_passes(self._entries, {one.title: one.aside for one in self.record.batch})
+        entries = infotext.of_passes(_asked(p).entries, {one.title: one.aside for one in self.record.batch})
         told = {key: value for key, value in p.extra_generation_params.items() if _is_ours(key)}
         if told != entries:
             for key in told:
                 del p.extra_generation_params[key]
             p.extra_generation_params.update(entries)
+
+
+def _asked(p: Any) -> _Asked:
+    """Of a processing that nobody has prepared, nothing was."""
+    return getattr(p, _ASKED, None) or _Asked()
 
 
 def _is_ours(key: str) -> bool:

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -494,8 +494,9 @@ def test_what_we_cannot_merge_we_leave_alone_and_say_so(host: Host) -> None:
     host.shared.opts.data.clear()
     if isinstance(host, Forge):
         host.clean.model.diffusion_model, kept = nn.Conv2d(4, 4, 1), host.clean.model.diffusion_model
-        host.hook("process", _p(host), *host._arguments([FAST]))
-        host.app.run.begin_pass(_p(host), torch.zeros(1, 4, 32, 32), None)
+        p = _p(host)
+        host.hook("process", p, *host._arguments([FAST]))
+        host.app.run.begin_pass(p, torch.zeros(1, 4, 32, 32), None)
         assert "nothing to merge" in last(host)["stood_aside"]
         host.clean.model.diffusion_model = kept
     else:
@@ -508,6 +509,51 @@ def test_what_we_cannot_merge_we_leave_alone_and_say_so(host: Host) -> None:
         assert "alternative U-Net" in last(host)["stood_aside"]
         host.modules.sd_unet.current_unet = None
     assert not same(plain, host.generate([FAST])[0])
+    assert not host.errors
+
+
+def test_a_hypernetwork_in_attention_that_cannot_be_reached_is_left_to_it(
+    a1111: A1111, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, loaded = a1111, []
+    monkeypatch.setattr(host.modules.shared, "loaded_hypernetworks", loaded, raising=False)
+    hijack: Any = ModuleType("modules.sd_hijack")
+    hijack.model_hijack = SimpleNamespace(optimization_method="xformers")
+    monkeypatch.setitem(sys.modules, hijack.__name__, hijack)
+    plain, _ = host.generate([])
+    assert not same(plain, host.generate([FAST])[0])
+    loaded.append(object())
+    assert same(plain, host.generate([FAST])[0])
+    assert "hypernetwork" in last(host)["stood_aside"]
+    assert "xformers" in last(host)["stood_aside"]
+    hijack.model_hijack.optimization_method = "sdp"
+    assert not same(plain, host.generate([FAST])[0])
+    assert not host.errors
+
+
+@pytest.mark.parametrize(
+    "inner", [{"enabled": False}, {**FAST, "ratio": 0.25}, None], ids=["off", "other", "ours not run"]
+)
+def test_what_another_script_generates_between_pictures_changes_none_of_them(host: Host, inner: Any) -> None:
+    expected, told = host.generate([FAST], n_iter=2)
+    save, others = host.save, []
+
+    def detail(p: Any, name: str) -> None:  # a detailer's postprocess_image
+        if not others:
+            others.append(name)
+            if inner is None:
+                host.run_pass(_p(host), torch.randn(1, 4, 24, 24))
+            else:
+                host.generate([inner], size=(24, 24))
+        save(p, name)
+
+    host.save = detail
+    found, params = host.generate([FAST], n_iter=2)
+    host.save = save
+    assert others
+    assert same(found, expected)
+    assert params == told
+    assert [one["statistics"]["merged_fraction"] for one in last(host)["passes"]] == [0.5, 0.5]
     assert not host.errors
 
 
