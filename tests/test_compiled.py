@@ -20,6 +20,7 @@ from tome_sampler.hosts import compiled as compiled_hooks
 from tome_sampler.hosts import modules
 
 FIXED = MergeConfig(threshold=None, min_tokens=0)
+LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 TIMES = (900, 800, 500, 300, 200, 20)
 
 
@@ -87,6 +88,42 @@ def test_what_has_no_fixed_length_is_merged_too(config: MergeConfig) -> None:
         for t, picture in zip(TIMES[:3], eager, strict=True):
             torch.testing.assert_close(call(compiled, t), picture, atol=1e-5, rtol=1e-5)
     assert session.stats.to_dict()["merged_fraction"] > 0
+
+
+@pytest.mark.parametrize("config", [FIXED, FIXED.with_(modules=("block",)), MergeConfig(min_tokens=0)])
+@pytest.mark.parametrize("what", ["blocks", "forward", "inner model"])
+@torch._dynamo.config.patch({LIMIT: 64})
+def test_parts_that_are_compiled_in_a_model_that_is_not_merge_as_it_does(what: str, config: MergeConfig) -> None:
+    unet = tiny_unet()
+    with merging(unet, config, branches=("uncond", "cond")):
+        eager = [call(unet, t) for t in TIMES]
+    graphs = torch._dynamo.testing.CompileCounter()
+    fullgraph = config.threshold is None
+    model: Any = unet
+    if what == "inner model":
+        model = Wrapper(torch.compile(unet, backend=graphs, fullgraph=fullgraph))
+    if what == "blocks":  # as diffusers's compile_repeated_blocks does; torch tells hooks apart, so each has its graph
+        for block in (m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"):
+            block.compile(backend=graphs, fullgraph=fullgraph)
+    with merging(model, config, branches=("uncond", "cond")) as session:
+        if what == "forward":
+            unet.forward = torch.compile(unet.forward, backend=graphs, fullgraph=fullgraph)  # type: ignore[method-assign]
+        for t, picture in zip(TIMES, eager, strict=True):
+            torch.testing.assert_close(call(model, t), picture, atol=1e-5, rtol=1e-5)
+        assert not session.stats.notes
+        assert session.stats.to_dict()["merged_fraction"] > 0
+    assert graphs.frame_count > 0
+
+
+class Wrapper(nn.Module):
+    """What k-diffusion's denoisers are: a module around a U-Net."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner_model = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner_model(*args, **kwargs)
 
 
 def test_guidance_tells_a_compiled_model_too() -> None:

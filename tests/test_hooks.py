@@ -660,6 +660,41 @@ def test_padding_is_not_seen_by_a_second_self_attention(modules: tuple[str, ...]
         torch.testing.assert_close(block(x[1:]), both[1:], atol=1e-5, rtol=1e-5)
 
 
+class OwnKernel(Unreachable):
+    """Such attention, that nothing of ours can stand in for either."""
+
+    processor = object()
+
+
+@pytest.mark.parametrize("modules", [("attn1",), ("block",)])
+def test_attention_that_sees_padding_is_run_on_all_tokens_and_says_so(modules: tuple[str, ...]) -> None:
+    unet = LdmUNet().eval().requires_grad_(False)
+    for block in (unet.first, unet.deep, unet.last):
+        attention = OwnKernel(16).requires_grad_(False)
+        attention.load_state_dict(block.attn1.state_dict())
+        block.attn1 = attention
+    rough, smooth = 3 * torch.randn(1, 4, 16, 16), 0.1 * torch.randn(1, 4, 1, 1).expand(-1, -1, 16, 16)
+    context = torch.randn(1, 3, 8)
+    config = CONFIG.with_(early_ratio=None, ratio=0.75, threshold=0.99, floor=0.0, modules=modules)
+
+    def run(*images: Tensor) -> Tensor:
+        x = torch.cat(images)
+        return unet(x, torch.full((len(x),), 500.0), context=context.expand(len(x), -1, -1))
+
+    plain = run(rough, smooth)
+    with merging(unet, config) as session:
+        run(smooth)
+        assert session.stats.to_dict()["merged_fraction"] > 0.5  # a picture alone has no padding
+    with merging(unet, config) as session:
+        for _ in range(2):  # the second time it is known before
+            torch.testing.assert_close(run(rough, smooth), plain, atol=1e-4, rtol=1e-4)
+        assert not session.stats.calls[-1].layers
+        assert any("images that merge different counts" in note for note in session.stats.notes)
+    with merging(unet, config.with_(batch_rule="max")) as session:
+        assert not torch.equal(run(rough, smooth), plain)
+        assert any("count once each" in note for note in session.stats.notes)
+
+
 def test_a_block_with_a_mask_for_all_tokens_passes_through() -> None:
     block, x = Attentive().eval(), torch.randn(1, 64, 16)
     mask = torch.ones(1, 64, dtype=torch.bool)

@@ -589,6 +589,50 @@ def test_each_module_runs_on_merged_tokens(unet: nn.Module, modules: tuple[str, 
     assert session.stats.to_dict()["pairings_made"] == blocks
 
 
+# -- another picture where the last one began
+
+
+@pytest.mark.parametrize("refresh", [SigmaRatio(4.0), Once()])
+def test_a_run_of_one_step_gets_pairs_of_its_own(refresh: Any) -> None:
+    session = MergeSession(preset("default", threshold=None, refresh=refresh), [8.0])
+    first, second = tokens(), tokens()
+    one(session, first, 8.0)
+    observe(session, torch.rand(1, 8, 8))
+    found = one(session, second, 8.0)
+    alone = MergeSession(session.config, [8.0])
+    assert same(found, one(alone, second, 8.0))
+
+
+def test_only_where_a_run_begins_is_the_same_noise_level_another_picture() -> None:
+    session = MergeSession(preset("default", threshold=None))
+    made = []
+    for sigma in (8.0, 7.0, 7.0, 6.0):  # Heun's second evaluation is the next step's first one
+        one(session, tokens(), sigma)
+        made.append(sum(layer.pairings_made for layer in session.stats.calls[-1].layers.values()))
+    assert made == [1, 0, 0, 0]
+
+
+def test_both_branches_of_a_first_step_in_calls_of_their_own_share_pairs() -> None:
+    session = MergeSession(preset("default", threshold=None))
+    x = tokens()
+    pairs = [one(session, x[:1], 8.0, branches=(branch,)) for branch in BOTH]
+    assert same(*pairs)
+    assert sum(call.layers[LAYER.name].pairings_made for call in session.stats.calls) == 1
+
+
+def test_destinations_are_of_the_part_that_a_call_is_merged_as() -> None:
+    config = preset("fast", threshold=None, ratio=0.5, stride=2, early_ratio=0.9)
+    session, x = MergeSession(config), tokens()
+    with session.call(ModelCall.chunked(1.0, SIZE, BOTH, 1)):
+        lengths = []
+        for number, early in enumerate((False, True)):
+            session.merge_as(early)
+            pairing = session.merge(Layer(f"x{number}", number), x, x)
+            assert pairing is not None
+            lengths.append(pairing.size.shape[1])
+    assert lengths == [32, 64 - int(64 * 0.9)]
+
+
 # -- waiting for the device
 
 

@@ -146,6 +146,8 @@ class MergeSession:
         self._moment: Moment | None = None
         self.early = self._as_early = False
         self._evaluation = 0  # of the denoiser, by the sampler: one call, or one for each cond and branch
+        self._first: float | None = None  # the noise level of the first one
+        self._anew = False  # whether one of the same noise level began something else
         self._part = 0  # which of its calls this is
         self._evaluated: tuple[float | None, set[str]] = None, set()  # at which sigma, and the branches that have run
         self._told: set[int] = set()  # images, since importance was last observed
@@ -165,6 +167,11 @@ class MergeSession:
     def current(self) -> ModelCall | None:
         """The model call under way, if a host told of one."""
         return self._call
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """The (h, w) of the last call, where a host told of it."""
+        return self._latent_size
 
     @property
     def importance(self) -> Tensor | None:
@@ -214,6 +221,13 @@ class MergeSession:
             self._part += 1
         else:
             self._evaluation, self._part, branches = self._evaluation + 1, 0, set()
+            if self._evaluation == 1:
+                self._first = call.sigma
+            # no sampler evaluates twice where it begins: another picture, or another part of it
+            self._anew = self._evaluation > 1 and call.sigma is not None and call.sigma == self._first
+            if self._anew:
+                self._importance = None
+                self._ranks.clear()
         self._evaluated = call.sigma, branches | set(call.branches)
         self._told |= set(call.images)
 
@@ -267,7 +281,7 @@ class MergeSession:
             self.note(f"{n} tokens are not the grid of a {self._latent_size or 'square'} latent: passed through")
             return None
         config = self.config
-        if self._level(n) >= config.levels or self.too_short(n, x.shape[2], x.dtype, x.device.type):
+        if self.too_coarse(n) or self.too_short(n, x.shape[2], x.dtype, x.device.type):
             self._left_alone.add((layer.name, n))  # for as long as the size is the same
             return None
         if self._call is not None and layer.name in self._seen:  # a reference pass, say: not the tokens it was first
@@ -305,6 +319,10 @@ class MergeSession:
         if config.destinations == "grid":
             return n - min(r, n - whole)
         return n - r if r <= n - max(cut, n // config.stride**2) else None
+
+    def too_coarse(self, n: int) -> bool:
+        """Whether a layer of n tokens is of an attention level that is not merged."""
+        return self._level(n) >= self.config.levels
 
     def too_short(self, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
         """Whether a layer of n tokens is left alone: the size gate."""
@@ -369,7 +387,7 @@ class MergeSession:
         # another module of the same block, or the other branch or another cond in a call of its own
         if cached.evaluation == self._evaluation and self._call is not None:
             return False
-        if now is None or made_at is None or made_at.sigma < now.sigma * (1 - 1e-3):
+        if now is None or made_at is None or self._anew or made_at.sigma < now.sigma * (1 - 1e-3):
             return True
         if self._prunes(made_at) != self._prunes(now) or cached.early != self._as_early:
             return True
@@ -429,10 +447,11 @@ class MergeSession:
         if config.destinations == "pool" and rank is not None and not prune:
             dst, in_pool = pool_dst(rank, r, config.stride, config.pool, self._seed(layer))
         elif config.destinations == "cell" and not prune:
-            if (grid, images) not in self._cells:  # the same for all layers of a level
+            cells = grid, images, config.stride
+            if cells not in self._cells:  # the same for all layers of a level
                 zeros = metric.new_zeros(1, n)
-                self._cells[grid, images] = cell_dst(zeros if rank is None else rank, grid, config.stride)
-            dst = self._cells[grid, images]
+                self._cells[cells] = cell_dst(zeros if rank is None else rank, grid, config.stride)
+            dst = self._cells[cells]
         else:
             dst = grid_dst(grid, config.stride, metric.device, self._seed(layer) if config.random else None)
         if config.search == "local":
@@ -456,8 +475,8 @@ class MergeSession:
             return cached
         merged = largest(key, count, most)
         target = torch.where(merged, nearest, torch.arange(n, device=nearest.device))
-        ragged = config.threshold is not None and config.batch_rule == "row"
-        cached.pairing = Pairing.from_target(target, m, prune, padded=ragged)
+        # the row that merges least is as long as the sequence: others are shorter where it does not merge the most
+        cached.pairing = Pairing.from_target(target, m, prune, padded=m + most > n)
         if config.refresh.measures_drift:
             place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device) * (count - 1)
             order = key.argsort(dim=1, descending=True, stable=True)
@@ -485,7 +504,7 @@ class MergeSession:
         self._importance = None
         self._ranks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._sizes: set[int] = set()  # stands in for the levels where no latent size is known
-        self._cells: dict[tuple[tuple[int, int], tuple[int, ...]], Dst] = {}  # destinations, in this model call
+        self._cells: dict[tuple[tuple[int, int], tuple[int, ...], int], Dst] = {}  # destinations, in this call
         self._left_alone: set[tuple[str, int]] = set()  # layers, and how many tokens they have
         self._seen: set[str] = set()  # layers that have merged in this model call
         self._merges = False  # whether any has, at this size

@@ -184,18 +184,20 @@ class Compiled:
         return output if opened is None else opened.given + opened.unmerged(output - opened.merged)
 
     def _opened(self, number: int, x: Tensor, metric: Tensor | None) -> _Opened | None:
-        if self.session.suspended or self._size is None:
+        if self.session.suspended:
             return None
-        n = operator.index(x.shape[1])
-        coarseness = self._size[0] * self._size[1] / n
-        if coarseness not in self._levels:
-            self._levels.append(coarseness)
-        config = self.session.config
-        if sorted(self._levels).index(coarseness) >= config.levels:
+        config, n, channels = self.session.config, operator.index(x.shape[1]), operator.index(x.shape[2])
+        if self._size is None:  # the root runs as it is, and has told the session of its call
+            too_coarse = _too_coarse(self.number, n)
+        else:
+            coarseness = self._size[0] * self._size[1] / n
+            if coarseness not in self._levels:
+                self._levels.append(coarseness)
+            too_coarse = sorted(self._levels).index(coarseness) >= config.levels
+        if too_coarse or _too_short(self.number, n, channels, x.dtype, x.device.type):
             return None
-        if _too_short(self.number, n, x.shape[2], x.dtype, x.device.type):
-            return None
-        m = self.session.fixed_length(n, self._size)
+        size = self._size or self.session.latent_size
+        m = None if size is None else self.session.fixed_length(n, size)
         if m is None:
             found = self.merge_now(number, x, metric)
         else:
@@ -207,6 +209,10 @@ class Compiled:
         return _Opened(x, merged, row, sizes if counted else None)
 
     # -- not traced
+
+    def root_runs_uncompiled(self) -> None:
+        """The root is called, and not by a graph: parts of it may be compiled, as blocks are one by one."""
+        self._size, self._open = None, []
 
     def begin_now(self, x: Tensor, time: Tensor) -> None:
         """The root runs. A call that somebody else has told of stands."""
@@ -253,6 +259,12 @@ class Compiled:
             merged = pairing.merge(x)
         sizes = pairing.log_size if self.session.config.proportional else pairing.log_mask
         return merged, sizes.clone(), pairing.flat_row.clone()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _too_coarse(run: int, n: int) -> bool:
+    """Whether layers of n tokens are of a level that is not merged, in a call that has begun."""
+    return _at_work[run].session.too_coarse(n)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -54,14 +54,17 @@ Observe = Callable[[nn.Module, Any], None]
 
 @dataclass
 class _Open:
-    """A layer that is running on merged tokens, and what it was given before they were."""
+    """A layer that is running on merged tokens. given: what it was given before they were. handed: what it was given
+    instead."""
 
     pairing: Pairing
     merged: Tensor
     given: Tensor
+    handed: Tensor | None = None
     log_size: Tensor | None = None  # what its keys' logits gain
     mode: proportional_attention | None = None
-    in_block: bool = False  # its block merged them and will unmerge
+    block: _Open | None = None  # that merged them and will unmerge
+    spoiled: bool = False  # something in it has attended to padding
 
 
 @dataclass(eq=False)
@@ -103,6 +106,7 @@ class _Attachment:
         self._open: dict[nn.Module, _Open] = {}
         self._open_blocks: dict[nn.Module, _Open] = {}
         self._unreached: set[nn.Module] = set()  # attention that calls nothing which takes the sizes of the keys
+        self._blind: set[nn.Module] = set()  # such that cannot be stood in for either, so that it sees padding
         self._block_input: dict[nn.Module, Tensor] = {}
         self._call: AbstractContextManager[None] | None = None
         self._compiled = Compiled(root, session, describe, [], observe, self._wake)
@@ -213,13 +217,13 @@ class _Attachment:
                 if merged is not None:
                     self._feed_forward.merged_compiled(x)
                 return None if merged is None else _with_tokens(merged, x, args, kwargs)
-            opened = self._merge(layer, x, self._block_input.get(block))
+            opened = None if attends and module in self._blind else self._merge(layer, x, self._block_input.get(block))
             if opened is None:
                 return None
             self._feed_forward.follow()
-            given = self._attend(module, opened) if attends else opened.merged
+            opened.handed = self._attend(module, opened) if attends else opened.merged
             self._open[module] = opened
-            return _with_tokens(given, x, args, kwargs)
+            return _with_tokens(opened.handed, x, args, kwargs)
 
         return before
 
@@ -231,7 +235,8 @@ class _Attachment:
             if "block" not in self.session.modules:
                 return None
             masked = isinstance(kwargs.get("attention_mask"), Tensor)  # made for all tokens
-            x = None if masked or _needs_all(kwargs) else _tokens(args, kwargs)
+            blind = not self._blind.isdisjoint(module.children())
+            x = None if masked or blind or _needs_all(kwargs) else _tokens(args, kwargs)
             if is_compiling():
                 if x is None:
                     return self._compiled.skip()
@@ -241,8 +246,8 @@ class _Attachment:
             if x is None or opened is None:
                 return None
             self._open_blocks[module] = opened
-            # a copy: some blocks (ComfyUI's kind) add to what they are given in place
-            return _with_tokens(opened.merged.clone(), x, args, kwargs)
+            opened.handed = opened.merged.clone()  # some blocks (ComfyUI's kind) add to what they are given in place
+            return _with_tokens(opened.handed, x, args, kwargs)
 
         return before
 
@@ -258,8 +263,10 @@ class _Attachment:
                 return None if given is None else _with_tokens(given, x, args, kwargs)
             if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
                 return None
-            self._open[module] = opened = _Open(self._open_blocks[block].pairing, x, x, in_block=True)
-            return _with_tokens(self._attend(module, opened), x, args, kwargs)
+            around = self._open_blocks[block]
+            self._open[module] = opened = _Open(around.pairing, x, x, block=around)
+            opened.handed = self._attend(module, opened)
+            return _with_tokens(opened.handed, x, args, kwargs)
 
         return before
 
@@ -301,6 +308,8 @@ class _Attachment:
         opened = self._open_blocks.pop(module)
         if not isinstance(output, Tensor):
             return None
+        if opened.spoiled:
+            return self._on_all_tokens(module, opened, args, kwargs)
         with self.session.timed("merging", output.device):
             return opened.pairing.unmerge(output - opened.merged).add_(opened.given)
 
@@ -310,35 +319,51 @@ class _Attachment:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if is_compiling():
                 return self._compiled.close(module, output, part) if part in self.session.modules else None
-            return self._close(module, output)
+            return self._close(module, args, kwargs, output)
 
         return after
 
-    def _close(self, module: nn.Module, output: Any) -> Any:
+    def _close(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if module not in self._open:
             return None
         opened = self._open.pop(module)
         if opened.mode is not None:
             opened.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):  # with weights, say
-            return (self._closed(module, opened, output[0]), *output[1:])
-        return self._closed(module, opened, output) if isinstance(output, Tensor) else None
-
-    def _closed(self, module: nn.Module, opened: _Open, output: Tensor) -> Tensor:
+        several = isinstance(output, tuple) and output and isinstance(output[0], Tensor)  # with weights, say
+        tokens = output[0] if several else output
+        if not isinstance(tokens, Tensor):
+            return None
         if opened.log_size is not None and (opened.mode is None or not opened.mode.used):
             own = own_attention(module, opened.merged, opened.log_size)
-            if own is None:
-                self.session.note(
-                    f"{type(module).__name__} calls neither scaled_dot_product_attention nor softmax: its merged keys "
-                    "count once each"
-                )
-            else:
+            if own is not None:
                 self._unreached.add(module)
-                output = own
-        if opened.in_block:
-            return output
-        with self.session.timed("merging", output.device):
-            return opened.pairing.unmerge(output)
+                tokens = own
+            elif not self._counts_once(module, opened):
+                return self._on_all_tokens(module, opened, args, kwargs)
+        if opened.block is None:
+            with self.session.timed("merging", tokens.device):
+                tokens = opened.pairing.unmerge(tokens)
+        return (tokens, *output[1:]) if several else tokens
+
+    def _counts_once(self, module: nn.Module, opened: _Open) -> bool:
+        """Attention that cannot be made to count its keys has run. Whether to take what it gives: one that has seen
+        padding, which is nobody's token, is run again on all tokens, or its block is, and is not merged after that."""
+        unreached = f"{type(module).__name__} calls neither scaled_dot_product_attention nor softmax"
+        if not opened.pairing.padded:
+            self.session.note(f"{unreached}: its merged keys count once each")
+            return True
+        self.session.note(
+            f"{unreached}, which images that merge different counts need: passed through (batch_rule='max' merges it)"
+        )
+        self._blind.add(module)
+        if opened.block is not None:
+            opened.block.spoiled = True
+        return opened.block is not None
+
+    @staticmethod
+    def _on_all_tokens(module: nn.Module, opened: _Open, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _with_tokens(opened.given, opened.handed, args, kwargs)
+        return module.forward(*args, **kwargs)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_compiling():
@@ -348,6 +373,7 @@ class _Attachment:
                 return None
             return _with_tokens(self._compiled.begin(x, time), x, args, kwargs)
         self._abandon()
+        self._compiled.root_runs_uncompiled()
         # a compiled call tells of itself, and nobody ends it
         current = self.session.current
         if not self.session.suspended and (current is None or current is self._compiled.own_call):
@@ -389,7 +415,7 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _with_tokens(
-    merged: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    merged: Tensor, x: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A layer's arguments with `merged` wherever x was: some hosts hand x over as the context too."""
     return tuple(merged if a is x else a for a in args), {k: merged if v is x else v for k, v in kwargs.items()}
