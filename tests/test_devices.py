@@ -1,0 +1,139 @@
+"""What must hold on every kind of device, on each that is here: a machine with a GPU runs it there, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+import torch._dynamo
+from conftest import tiny_unet
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from tome_sampler import MergeConfig, MergeSession, ModelCall, merging
+from tome_sampler.refresh import SigmaRatio
+
+FIXED = MergeConfig(threshold=None, min_tokens=0, refresh=SigmaRatio(1.5))
+SIGMAS = (8.0, 7.9, 2.0, 1.9)  # early and later, each with new pairs and with kept ones
+
+Step = Callable[[float], Tensor]
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@contextmanager
+def merged_steps(
+    device: torch.device, config: MergeConfig, dtype: torch.dtype = torch.float32, compiled: str | None = None
+) -> Iterator[tuple[Step, MergeSession]]:
+    """Guided steps of a small U-Net, whose inputs are the same on each device and lie there already."""
+    unet: nn.Module = tiny_unet().to(device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    shapes = (2, 4, 16, 16), (2, 3, 8)
+    x, context = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    times = {sigma: torch.tensor(100.0 * sigma, device=device) for sigma in SIGMAS}
+    with merging(unet, config) as session, torch.no_grad():
+        model = unet if compiled is None else torch.compile(unet, mode=compiled, dynamic=False)
+
+        def step(sigma: float) -> Tensor:
+            with session.call(ModelCall.chunked(sigma, (16, 16), ("uncond", "cond"), images=1)):
+                out: Tensor = model(x, times[sigma], encoder_hidden_states=context, return_dict=False)[0].clone()
+            session.observe(out[1:], out[:1])
+            return out
+
+        yield step, session
+
+
+def pictures(device: torch.device, config: MergeConfig, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    with merged_steps(device, config, dtype) as (step, session):
+        found = [step(sigma).cpu() for sigma in SIGMAS]
+    assert not session.stats.notes
+    assert session.stats.to_dict()["merged_fraction"] > 0
+    return found
+
+
+CONFIGS = {
+    "default": MergeConfig(min_tokens=0),
+    "ratio": FIXED,
+    "blocks": FIXED.with_(modules=("block",)),
+    "tomesd": MergeConfig.preset("tomesd", min_tokens=0),
+    "importance": MergeConfig.preset("importance", min_tokens=0),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_tokens_are_merged_on_every_device(device: torch.device, name: str) -> None:
+    found, on_cpu = pictures(device, CONFIGS[name]), pictures(torch.device("cpu"), CONFIGS[name])
+    for a, b in zip(found, on_cpu, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_gives_the_same_bits_each_time(device: torch.device, name: str) -> None:
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    first, second = pictures(device, CONFIGS[name], dtype), pictures(device, CONFIGS[name], dtype)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@contextmanager
+def waiting_is_an_error(device: torch.device) -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("name", ["ratio", "blocks", "tomesd"])
+def test_no_step_at_a_fixed_ratio_waits_for_the_device(device: torch.device, name: str) -> None:
+    with merged_steps(device, CONFIGS[name]) as (step, session):
+        step(SIGMAS[0])  # what a run does once
+        with waiting_is_an_error(device):
+            for sigma in SIGMAS[1:]:
+                step(sigma)
+        found = session.stats.to_dict()
+    assert found["pairings_made"] > 0
+
+
+def flash_alone() -> AbstractContextManager[None]:
+    """Attention runs on the flash kernel, or raises."""
+    attention = pytest.importorskip("torch.nn.attention")
+    return attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION)  # type: ignore[no-any-return]
+
+
+def test_attention_that_counts_merged_keys_stays_on_the_flash_kernel(device: torch.device) -> None:
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    activity = ProfilerActivity.CPU if device.type == "cpu" else ProfilerActivity.CUDA
+    with merged_steps(device, FIXED, dtype) as (step, _), flash_alone():
+        step(SIGMAS[0])
+        with profile(activities=[activity]) as found:
+            step(SIGMAS[1])
+    names = [event.key for event in found.key_averages()]
+    assert any("flash" in name for name in names), names
+    assert not any("fmha_cutlass" in name or "efficient_attention" in name for name in names), names
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_draws_what_it_draws_as_it_is(device: torch.device, mode: str) -> None:
+    if device.type == "cpu" and mode == "reduce-overhead":
+        pytest.skip("CUDA graphs need CUDA")
+    torch._dynamo.reset()
+    with merged_steps(device, FIXED) as (step, _):
+        plain = [step(sigma) for sigma in (*SIGMAS, *SIGMAS)]
+    with merged_steps(device, FIXED, compiled=mode) as (step, session):
+        found = [step(sigma) for sigma in (*SIGMAS, *SIGMAS)]
+        made = session.stats.to_dict()["pairings_made"]
+    torch._dynamo.reset()
+    assert made > 0
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
