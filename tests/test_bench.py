@@ -240,6 +240,30 @@ def test_a_run_is_plain_where_nothing_is_merged(host: Host) -> None:
     assert row["merged_fraction"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("config", [EARLY.with_(end=0.6), EARLY.with_(refresh=Drift(0.1))])
+def test_what_a_run_loses_is_of_its_own_steps(host: Host, config: MergeConfig) -> None:
+    """Each beside the same step of its zero_overhead, whatever single steps take; also where drift decides."""
+    pytest.importorskip("tomesd")
+    methods = [Method("plain", host), Merged("default", host, config), TomeSd("tomesd", host, {"ratio": 0.5})]
+    found = Rounds(host, methods, repeats=1, steps=[10], bound=False).measure(tqdm(disable=True))
+    kinds = found.kinds[10]["default"]
+    assert kinds[0] == "refresh"
+    assert len(kinds) == 10
+    assert "reuse" in kinds
+    assert found.kinds[10]["tomesd"] == ["refresh"] * 10
+    own = {"refresh": 4.0, "reuse": 2.0, PLAIN: 1.0}
+    found.runs[10] = {name: [Taken(1.0, 1.0)] * 10 for name in found.runs[10]}
+    found.runs[10]["default"] = [Taken(own[kind] + (step == 0), 1.0) for step, kind in enumerate(kinds)]
+    rows = {row["method"]: row for row in rows_of(found, {}) if row["kind"] == "run"}
+    made = kinds.count("refresh")
+    assert rows["default"]["steps_with_new_pairs"] == made
+    assert rows["default"]["overhead_refresh"] == pytest.approx((0.8 + (made - 1) * 0.75) / made)
+    assert rows["default"]["overhead_reuse"] == pytest.approx(0.5)
+    assert rows["tomesd"]["overhead_refresh"] == 0
+    assert rows["tomesd"]["overhead_reuse"] is None  # it has no such steps
+    assert rows["plain"]["overhead_refresh"] is rows["zero_overhead"]["overhead_reuse"] is None
+
+
 @contextmanager
 def attention_seen(model: nn.Module) -> Iterator[dict[str, tuple[int, bool]]]:
     """How many tokens each self-attention projects, and whether log(size) is in force."""
@@ -422,8 +446,8 @@ def test_a_run_makes_pairs_as_often_as_the_policy_says(host: Host, config: Merge
             first = phases[step].partition(" ")[0]
             assert phases[step] == (f"early {kind}" if first == "early" else kind)
             assert sorted({tokens for tokens, _ in seen.values()}) == sorted(set(lengths[first]))
-    assert ours.made_in_run() == sum(phase.endswith("refresh") for phase in phases)
-    assert 1 < ours.made_in_run() < 20
+    assert ours.kinds_in_run() == [phase.removeprefix("early ") for phase in phases]
+    assert 1 < ours.kinds_in_run().count("refresh") < 20
     assert set(phases) == {*ours.phases, *([PLAIN] if config.end < 1 else [])}
     assert Merged("always", host, HALF.with_(refresh=MergeConfig.preset("importance").refresh)).phases == ("refresh",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NoReturn
@@ -14,6 +14,7 @@ from tome_sampler.bench.host import Host
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.modules import attach
 from tome_sampler.session import Layer, MergeSession, ModelCall
+from tome_sampler.stats import LayerStats
 
 USUAL_STEPS = 20
 """The run that single steps are taken from."""
@@ -86,9 +87,10 @@ class Method:
         """What a single step of a phase is called."""
         return f"{self.name}/{phase}" if phase else self.name
 
-    def made_in_run(self) -> int:
-        """In how many steps of the run that has ended it made pairs."""
-        return 0
+    def kinds_in_run(self) -> list[str]:
+        """Of each step of the run that has ended: "refresh", "reuse" or :data:`PLAIN`. Empty: it does not merge, or
+        nobody knows."""
+        return []
 
     def release(self) -> None:
         """Let go of all tensors."""
@@ -168,12 +170,18 @@ class Merged(Method):
     def phases_in(self, sigmas: list[float]) -> list[str]:
         return list(_phases_in(self.config, tuple(sigmas)))
 
-    def made_in_run(self) -> int:
-        return sum(any(s.pairings_made for s in call.layers.values()) for call in self._session.stats.calls)
+    def kinds_in_run(self) -> list[str]:
+        return [_kind(call.layers.values()) for call in self._session.stats.calls]
 
     def release(self) -> None:
         self._alone: dict[str, KeptSession] = {}  # by the part of the run whose single steps it is measured in
         self._session = KeptSession(self.config, self.host.sigmas(USUAL_STEPS))
+
+
+def _kind(layers: Collection[LayerStats]) -> str:
+    """What a step has done in these layers: one that made pairs in any of them is one that makes pairs."""
+    made, reused = (any(getattr(layer, f"pairings_{did}") for layer in layers) for did in ("made", "reused"))
+    return "refresh" if made else "reuse" if reused else PLAIN
 
 
 @cache
@@ -185,8 +193,7 @@ def _phases_in(config: MergeConfig, sigmas: tuple[float, ...]) -> tuple[str, ...
     for sigma in sigmas:
         with session.call(ModelCall(sigma, (8, 8), ("cond",), (0,))):
             session.merge(Layer("attn1", 0), x)
-        layer = session.stats.calls[-1].layers.get("attn1")
-        kind = "refresh" if layer and layer.pairings_made else "reuse" if layer and layer.pairings_reused else PLAIN
+        kind = _kind(session.stats.calls[-1].layers.values())
         early = kind != PLAIN and config.early is not None and sigma > config.early_sigma
         phases.append(f"early {kind}" if early else kind)
     return tuple(phases)
@@ -210,8 +217,8 @@ class Stacked(Method):
         self._below.restart(sigmas)
         self._above.restart(sigmas)
 
-    def made_in_run(self) -> int:
-        return self._above.made_in_run()
+    def kinds_in_run(self) -> list[str]:
+        return self._above.kinds_in_run()
 
     def call(self, inputs: Inputs, sigma: float, step: int) -> Tensor:
         return self._above.call(inputs, sigma, step)

@@ -107,10 +107,10 @@ class TomeSd(_Peer):
 
     def restart(self, sigmas: list[float]) -> None:
         super().restart(sigmas)
-        self._made = len(sigmas)
+        self._kinds = ["refresh"] * len(sigmas)
 
-    def made_in_run(self) -> int:
-        return self._made
+    def kinds_in_run(self) -> list[str]:
+        return self._kinds
 
 
 class CaTome(_Peer):
@@ -135,10 +135,10 @@ class CaTome(_Peer):
 
     def restart(self, sigmas: list[float]) -> None:
         super().restart(sigmas)
-        self._alone, self._made = None, self.phases_in(sigmas).count("refresh")
+        self._alone, self._kinds = None, self.phases_in(sigmas)
 
-    def made_in_run(self) -> int:
-        return self._made
+    def kinds_in_run(self) -> list[str]:
+        return self._kinds
 
     def call(self, inputs: Inputs, sigma: float, step: int) -> Tensor:
         for module in self.host.model.modules():

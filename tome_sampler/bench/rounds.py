@@ -42,7 +42,7 @@ class Findings:
     methods: list[Method]
     steps: dict[str, list[Taken]] = field(default_factory=dict)  # by turn
     runs: dict[int, dict[str, list[Taken]]] = field(default_factory=dict)  # by number of steps, and method
-    made: dict[int, dict[str, int]] = field(default_factory=dict)  # steps of these runs that made pairs
+    kinds: dict[int, dict[str, list[str]]] = field(default_factory=dict)  # of the steps of these runs
     costs: dict[str, Cost] = field(default_factory=dict)  # by turn
     plans: dict[str, Plans] = field(default_factory=dict)  # by method
     limits: dict[str, tuple[Bound | None, ZeroOverhead]] = field(default_factory=dict)  # by method
@@ -249,7 +249,7 @@ class Rounds:
                 latents[method.name] = self._host.advance(latents[method.name], out, sigma, [*sigmas, 0.0][step + 1])
                 self._bar.update()
         found.runs[length] = taken
-        found.made[length] = {method.name: method.made_in_run() for method in found.methods}
+        found.kinds[length] = {method.name: method.kinds_in_run() for method in found.methods}
 
 
 def _check(method: Method, phase: str, merged: bool) -> None:

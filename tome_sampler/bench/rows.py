@@ -21,9 +21,10 @@ def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows with `common` in each. seconds, seconds_iqr: median and quartiles' distance, of one model call. speedup:
     plain's seconds over its own, the median over rounds. share_of_bound: zero_overhead's over its own, likewise.
     overhead_refresh, overhead_reuse: the part of a step that zero_overhead saves, on average over the run's steps that
-    make pairs, and over those that use older ones; of a single step: over those of its part of the run. kind: "step";
-    "composed": put together from steps, each kind as often as it is in a run of `steps`; "run": a whole run of `steps`.
-    merged_fraction: on average over the run's steps, likewise.
+    make pairs, and over those that use older ones; of a whole run: of its own steps, each beside zero_overhead's; of a
+    single step: over those of its part of the run. kind: "step"; "composed": put together from steps, each kind as
+    often as it is in a run of `steps`; "run": a whole run of `steps`. merged_fraction: on average over the run's steps,
+    likewise.
     overhead_in_parts: the part of a step that stopwatches found in matching, merge and unmerge; it has less noise than
     a difference of two steps, and less in it: nothing between these parts.
     """
@@ -79,7 +80,8 @@ def _steps(found: Findings, method: Method) -> list[dict[str, Any]]:
             "method": name,
             "kind": "step",
             "steps": 1,
-            **_figures(found, method, own, partial(_alike, found, method, phase), kinds, [plan]),
+            **_figures(found, method, own, partial(_alike, found, method, phase), [plan]),
+            **_overheads(found, method, kinds),
             "seconds_wall": statistics.median(taken.wall for taken in found.steps[name]),
             "peak_mb": cost.peak / 2**20,
         }
@@ -102,7 +104,8 @@ def _composed(found: Findings, method: Method, length: int) -> dict[str, Any]:
         "kind": "composed",
         "steps": length,
         "steps_with_new_pairs": sum(map(makes_pairs, phases)) if method.merges else None,
-        **_figures(found, method, mixed, lambda other: _mixed(found, other, length), Counter(phases), plans),
+        **_figures(found, method, mixed, lambda other: _mixed(found, other, length), plans),
+        **_overheads(found, method, Counter(phases)),
         "peak_mb": _peak(found, method),
     }
 
@@ -114,15 +117,16 @@ def _runs(found: Findings, method: Method) -> list[dict[str, Any]]:
             continue
         steps = [t.seconds for t in taken[method.name]]
         of = partial(_average, taken)
-        phases = method.phases_in(found.host.sigmas(length))
-        plans = found.plans[method.name].in_run(phases) if method.merges else []
+        plans = found.plans[method.name].in_run(method.phases_in(found.host.sigmas(length))) if method.merges else []
+        kinds = found.kinds[length][method.name]
         rows.append(
             {
                 "method": method.name,
                 "kind": "run",
                 "steps": length,
-                "steps_with_new_pairs": found.made[length][method.name] if method.merges else None,
-                **_figures(found, method, of(method), of, Counter(phases), plans),
+                "steps_with_new_pairs": sum(map(makes_pairs, kinds)) if method.merges else None,
+                **_figures(found, method, of(method), of, plans),
+                **_overheads_in_run(found, method, taken, kinds),
                 "seconds_iqr": _iqr(steps),
                 "seconds_run": sum(steps),
                 "seconds_wall": sum(t.wall for t in taken[method.name]) / length,
@@ -138,15 +142,10 @@ def _average(taken: dict[str, list[Taken]], method: Method) -> list[float]:
 
 
 def _figures(
-    found: Findings,
-    method: Method,
-    own: Series,
-    of: Callable[[Method], Series],
-    kinds: Counter[str],
-    plans: Sequence[Plan],
+    found: Findings, method: Method, own: Series, of: Callable[[Method], Series], plans: Sequence[Plan]
 ) -> dict[str, Any]:
-    """Everything that compares: in pairs, round by round, before the median is taken. of: another method's `own`.
-    kinds, plans: of the steps that this is about."""
+    """What compares a method's seconds with others': in pairs, round by round, before the median is taken. of: another
+    method's `own`. plans: of the steps that this is about."""
     speedups = [a / b for a, b in zip(of(found.methods[0]), own, strict=True)]
     bound, zero = found.limits.get(method.name, (None, None))
     reference = zero or next((m for m in found.methods if m.name == "zero_overhead"), None)
@@ -157,8 +156,6 @@ def _figures(
         "speedup": statistics.median(speedups),
         "speedup_iqr": _iqr(speedups),
         "share_of_bound": statistics.median(shares) if shares else None,
-        "overhead_refresh": _overhead(found, method, zero, {k: n for k, n in kinds.items() if makes_pairs(k)}),
-        "overhead_reuse": _overhead(found, method, zero, {k: n for k, n in kinds.items() if not makes_pairs(k)}),
         "zero_overhead": None if reference is None else reference.name,
         "bound": None if bound is None else bound.name,
         "merged_fraction": _merged(plans) if method.name in found.plans else None,
@@ -166,8 +163,29 @@ def _figures(
     }
 
 
-def _overhead(found: Findings, method: Method, zero: Method | None, kinds: dict[str, int]) -> float | None:
+def _overheads(found: Findings, method: Method, kinds: Counter[str]) -> dict[str, float | None]:
+    """Of steps that were measured alone, where each kind is so often."""
+    return {
+        "overhead_refresh": _overhead(found, method, {k: n for k, n in kinds.items() if makes_pairs(k)}),
+        "overhead_reuse": _overhead(found, method, {k: n for k, n in kinds.items() if not makes_pairs(k)}),
+    }
+
+
+def _overheads_in_run(
+    found: Findings, method: Method, taken: dict[str, list[Taken]], kinds: Sequence[str]
+) -> dict[str, float | None]:
+    """Of a whole run's own steps, each beside the same step of zero_overhead's run."""
+    _, zero = found.limits.get(method.name, (None, None))
+    lost: defaultdict[str, list[float]] = defaultdict(list)
+    if zero is not None:
+        for kind, free, own in zip(kinds, taken[zero.name], taken[method.name], strict=True):
+            lost[kind].append(1 - free.seconds / own.seconds)
+    return {f"overhead_{kind}": statistics.fmean(lost[kind]) if lost[kind] else None for kind in ("refresh", "reuse")}
+
+
+def _overhead(found: Findings, method: Method, kinds: dict[str, int]) -> float | None:
     """(t - t_zero) / t of these kinds of steps, on average by how often they are; those that were measured alone."""
+    _, zero = found.limits.get(method.name, (None, None))
     counts = [count for phase, count in kinds.items() if phase in method.phases]
     if zero is None or not counts:
         return None
