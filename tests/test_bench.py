@@ -264,6 +264,27 @@ def test_what_a_run_loses_is_of_its_own_steps(host: Host, config: MergeConfig) -
     assert rows["plain"]["overhead_refresh"] is rows["zero_overhead"]["overhead_reuse"] is None
 
 
+def test_a_share_is_of_what_the_same_settings_could_reach(host: Host) -> None:
+    """Of plain, of the first one; none where nothing gets shorter, as in other packages' tiles and caches."""
+    early = Merged("late", host, HALF.with_(start=0.5, modules=("block",)))
+    methods = [Method("plain", host), Merged("default", host, HALF), early, Method("hypertile", host)]
+    found = Rounds(host, methods, repeats=1, steps=[4], bound=True).measure(tqdm(disable=True))
+    seconds = {"plain": 8.0, "bound": 1.0, "bound:late": 2.0, "zero_overhead": 4.0, "zero_overhead:late": 6.0}
+    seconds |= {"default": 5.0, "late": 7.0, "hypertile": 3.0}
+    assert {method.name for method in found.methods} == seconds.keys()
+    for taken in (found.steps, found.runs[4]):
+        for name in taken:
+            taken[name] = [Taken(seconds[name.partition("/")[0]], 1.0)] * len(taken[name])
+    expected = {"plain": 4 / 8, "bound": 4 / 1, "bound:late": 6 / 2, "zero_overhead": 1.0, "zero_overhead:late": 1.0}
+    expected |= {"default": 4 / 5, "late": 6 / 7, "hypertile": None}
+    rows = rows_of(found, {})
+    assert {row["method"]: row["share_of_bound"] for row in rows if row["kind"] == "run"} == pytest.approx(expected)
+    for row in (row for row in rows if row["kind"] == "step"):
+        assert row["share_of_bound"] == pytest.approx(expected[row["method"].partition("/")[0]])
+        assert row["zero_overhead"] in (None, "zero_overhead", "zero_overhead:late")
+        assert (row["zero_overhead"] is None) == (row["method"] == "hypertile")
+
+
 @contextmanager
 def attention_seen(model: nn.Module) -> Iterator[dict[str, tuple[int, bool]]]:
     """How many tokens each self-attention projects, and whether log(size) is in force."""

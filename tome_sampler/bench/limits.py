@@ -122,7 +122,7 @@ class Limit(Method):
 
     def __init__(self, name: str, of: Method, plans: Plans) -> None:
         super().__init__(name, of.host)
-        self._of, self._plans = of, plans
+        self.of, self._plans = of, plans
         self._parts = tuple(plans.parts)
         alike = len({self.work(plan) for plan in plans.parts.values()}) == 1
         self.phases = ("",) if alike else self._parts
@@ -132,14 +132,14 @@ class Limit(Method):
         self._coming = itertools.repeat(self._plans.parts[phase or self._parts[0]])
 
     def restart(self, sigmas: list[float]) -> None:
-        self._coming = iter(self._plans.in_run(self._of.phases_in(sigmas)))
+        self._coming = iter(self._plans.in_run(self.of.phases_in(sigmas)))
 
     def phases_in(self, sigmas: list[float]) -> list[str]:
-        parts = [part_of(phase) for phase in self._of.phases_in(sigmas)]
+        parts = [part_of(phase) for phase in self.of.phases_in(sigmas)]
         return [part if part in (PLAIN, *self.phases) else "" for part in parts]
 
     def place(self, phase: str) -> int:
-        return self._of.place(phase or self._parts[0])
+        return self.of.place(phase or self._parts[0])
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -165,8 +165,8 @@ class Limit(Method):
 
     def work_in_runs(self, lengths: Sequence[int]) -> Hashable:
         """What it does in each step, put together and in whole runs: two limits with the same one are one."""
-        runs = [self._plans.composed(self._of.phases_in(self.host.sigmas(length))) for length in LENGTHS]
-        runs += [self._plans.in_run(self._of.phases_in(self.host.sigmas(length))) for length in lengths]
+        runs = [self._plans.composed(self.of.phases_in(self.host.sigmas(length))) for length in LENGTHS]
+        runs += [self._plans.in_run(self.of.phases_in(self.host.sigmas(length))) for length in lengths]
         return tuple(self.work(plan) for plan in itertools.chain(*runs))
 
 
@@ -215,10 +215,10 @@ class ZeroOverhead(Limit):
 
     @contextmanager
     def besides(self, plan: Plan) -> Iterator[None]:
-        if not plan or not isinstance(self._of, Merged):
+        if not plan or not isinstance(self.of, Merged):
             yield
             return
-        session = MergeSession(self._of.config)
+        session = MergeSession(self.of.config)
         session.largest = max(short.shape[0] * short.tokens * short.shape[2] for short in plan.values())
         halved = HalvedFeedForward(self.host.model, session)
         halved.follow()
@@ -229,7 +229,7 @@ class ZeroOverhead(Limit):
 
     def work(self, plan: Plan) -> Hashable:
         lengths = ((name, s.shape, s.log_size is not None, s.outer) for name, s in plan.items())
-        return isinstance(self._of, Merged), *lengths
+        return isinstance(self.of, Merged), *lengths
 
     def release(self) -> None:
         self._ready.clear()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tome_sampler.bench.limits import Plan, Short
+from tome_sampler.bench.limits import Bound, Plan, Short, ZeroOverhead
 from tome_sampler.bench.methods import LENGTHS, PLAIN, USUAL_STEPS, Method, makes_pairs, part_of
 from tome_sampler.bench.parts import PARTS
 from tome_sampler.bench.rounds import Findings
@@ -19,7 +19,9 @@ Series = Sequence[float]
 
 def rows_of(found: Findings, common: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows with `common` in each. seconds, seconds_iqr: median and quartiles' distance, of one model call. speedup:
-    plain's seconds over its own, the median over rounds. share_of_bound: zero_overhead's over its own, likewise.
+    plain's seconds over its own, the median over rounds. share_of_bound: likewise, zero_overhead's over its own: that
+    of the same settings, which `zero_overhead` names; of a bound, that of the method whose bound it is; of plain, the
+    first one; None: it has none, as it does not shorten sequences.
     overhead_refresh, overhead_reuse: the part of a step that zero_overhead saves, on average over the run's steps that
     make pairs, and over those that use older ones; of a whole run: of its own steps, each beside zero_overhead's; of a
     single step: over those of its part of the run. kind: "step"; "composed": put together from steps, each kind as
@@ -62,9 +64,10 @@ def _mixed(found: Findings, method: Method, length: int) -> list[float]:
     return [_mean(seconds, list(kinds.values())) for seconds in taken]
 
 
-def _alike(found: Findings, method: Method, phase: str, other: Method) -> list[float]:
-    """Seconds of what another method does instead of a step: in this part of the run, or on average over all of it."""
-    if other is method or phase:
+def _alike(found: Findings, phase: str, other: Method) -> list[float]:
+    """Seconds of what another method does instead of a step: in this part of the run, or, of a method that does the
+    same in all parts, on average over those of the other."""
+    if phase or "" in other.phases:
         return _seconds(found, other, next((p for p in (phase, part_of(phase)) if p in other.phases), ""))
     return _mixed(found, other, USUAL_STEPS)
 
@@ -80,7 +83,7 @@ def _steps(found: Findings, method: Method) -> list[dict[str, Any]]:
             "method": name,
             "kind": "step",
             "steps": 1,
-            **_figures(found, method, own, partial(_alike, found, method, phase), [plan]),
+            **_figures(found, method, own, partial(_alike, found, phase), [plan]),
             **_overheads(found, method, kinds),
             "seconds_wall": statistics.median(taken.wall for taken in found.steps[name]),
             "peak_mb": cost.peak / 2**20,
@@ -147,8 +150,8 @@ def _figures(
     """What compares a method's seconds with others': in pairs, round by round, before the median is taken. of: another
     method's `own`. plans: of the steps that this is about."""
     speedups = [a / b for a, b in zip(of(found.methods[0]), own, strict=True)]
-    bound, zero = found.limits.get(method.name, (None, None))
-    reference = zero or next((m for m in found.methods if m.name == "zero_overhead"), None)
+    bound, _ = found.limits.get(method.name, (None, None))
+    reference = _reference(found, method)
     shares = [] if reference is None else [a / b for a, b in zip(of(reference), own, strict=True)]
     return {
         "seconds": statistics.median(own),
@@ -161,6 +164,16 @@ def _figures(
         "merged_fraction": _merged(plans) if method.name in found.plans else None,
         "rounds": len(own),
     }
+
+
+def _reference(found: Findings, method: Method) -> Method | None:
+    """The zero_overhead that a method's speed is a share of: its own, of plain the first one, else none."""
+    if isinstance(method, ZeroOverhead):
+        return method
+    if method is found.methods[0]:
+        return next((m for m in found.methods if m.name == "zero_overhead"), None)
+    _, zero = found.limits.get(method.of.name if isinstance(method, Bound) else method.name, (None, None))
+    return zero
 
 
 def _overheads(found: Findings, method: Method, kinds: Counter[str]) -> dict[str, float | None]:
@@ -191,7 +204,7 @@ def _overhead(found: Findings, method: Method, kinds: dict[str, int]) -> float |
         return None
     lost = []
     for phase in (phase for phase in kinds if phase in method.phases):
-        own, free = _seconds(found, method, phase), _alike(found, method, phase, zero)
+        own, free = _seconds(found, method, phase), _alike(found, phase, zero)
         lost.append([1 - z / t for z, t in zip(free, own, strict=True)])
     return statistics.median(_mean(parts, counts) for parts in zip(*lost, strict=True))
 
