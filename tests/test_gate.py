@@ -39,7 +39,10 @@ def test_a_calibration_lies_where_caches_do(tmp_path: Path, monkeypatch: pytest.
     assert gate.own_table() == tmp_path / "tome-sampler" / "gate.json"
 
 
-def test_a_calibration_of_ones_own_takes_the_built_in_ones_place(calibration: Path) -> None:
+def test_a_calibration_of_ones_own_takes_the_built_in_ones_place(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "BUILT_IN", calibration.with_name("none.json"))
     gate.write_table(calibration, {"device": "this one"}, [ROW])
     assert (least(), least(always=True)) == (100, 400)
     assert least(channels=64, dtype=torch.float16) == 100  # the nearest that it has
@@ -47,6 +50,16 @@ def test_a_calibration_of_ones_own_takes_the_built_in_ones_place(calibration: Pa
     assert (least(), least(dtype=torch.bfloat16)) == (100, 50)  # other rows stay
     gate.write_table(calibration, {}, [{**ROW, "kept": 70}])
     assert (least(), least(dtype=torch.bfloat16)) == (70, 50)
+
+
+def test_built_in_rows_stay_for_what_was_not_calibrated(calibration: Path) -> None:
+    """For other precisions and devices of a machine that was calibrated for one."""
+    built_in = {channels: least(channels, torch.bfloat16) for channels in (48, 320, 640, 1280)}
+    gate.write_table(calibration, {}, [{**ROW, "kept": 7}, {**ROW, "device": "cuda", "backend": "flash", "kept": 9}])
+    assert least() == least(channels=48) == 7  # its own, at any width
+    assert least(device="cuda") == 9
+    assert {channels: least(channels, torch.bfloat16) for channels in built_in} == built_in
+    assert len(json.loads(calibration.read_text())["rows"]) == 2  # the file is of this machine
 
 
 def test_devices_that_were_not_measured_have_a_gate() -> None:

@@ -2,7 +2,7 @@
 
 What merging saves grows with the square of a sequence's length, and what it costs hardly at all: below some length a
 layer is better left alone. Where that is was measured (``tome-sampler bench --calibrate``), for the machine that the
-table names; a calibration of your own takes its place.
+table names; a calibration of your own takes the place of the rows of its device, kernel and precision.
 """
 
 from __future__ import annotations
@@ -71,8 +71,15 @@ def _at_half(channels: int, dtype: str, device: str, backend: str, always: bool)
 
 @lru_cache(maxsize=1)
 def _table() -> list[dict[str, Any]]:
-    """Rows: device, backend, dtype, channels; kept and always: tokens from which merging pays."""
-    return _rows_of(own_table()) or _rows_of(BUILT_IN)
+    """Rows: device, backend, dtype, channels; kept and always: tokens from which merging pays. The machine's own, and
+    built-in ones of the kinds that it was not calibrated for."""
+    return _joined(_rows_of(BUILT_IN), _rows_of(own_table()))
+
+
+def _joined(older: list[dict[str, Any]], newer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newer rows, and the older ones of other kinds."""
+    kinds = {_kind(row) for row in newer}
+    return [row for row in older if _kind(row) not in kinds] + newer
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
@@ -96,8 +103,7 @@ def write_table(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]])
     Raises:
         OSError: it cannot be written; the old one is as it was.
     """
-    kinds = {_kind(row) for row in rows}
-    rows = [row for row in _rows_of(path) if _kind(row) not in kinds] + rows
+    rows = _joined(_rows_of(path), rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n").encode())
     forget()
