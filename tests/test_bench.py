@@ -567,6 +567,9 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         ),
         (["--arch", "sd15", "--checkpoint", "none.safetensors"], "checkpoint is 'none.safetensors'; it must be"),
         (["--json", "no/such/folder/bench.json"], "there is no folder no/such/folder"),
+        (["--markdown", "tests"], "markdown is 'tests'; it cannot be written: it is a folder"),
+        (["--json", "/dev/null"], "json is '/dev/null'; it cannot be written: it is no regular file"),
+        (["--json", "/proc/bench.json"], "it cannot be written: nothing can be written into /proc"),
     ],
 )
 def test_what_the_user_gets_wrong_is_said_in_one_line(
@@ -576,6 +579,27 @@ def test_what_the_user_gets_wrong_is_said_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "it cannot be written: it is a folder"),
+        ("bench", "its suffix must be one of ."),
+        ("bench.docx", "its suffix must be one of ."),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_said_to_be_before_anything_is_measured(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("tome_sampler.bench.measure.measure", None)
+    assert main(["bench", "--arch", "tiny", "--quiet", "--plot", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert f"plot is '{tmp_path / name}'; {message}" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
 
 
 @pytest.mark.parametrize(

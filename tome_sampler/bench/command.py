@@ -116,11 +116,14 @@ def run(args: argparse.Namespace) -> int:
     from tome_sampler.bench import report
     from tome_sampler.bench.measure import measure
     from tome_sampler.bench.settings import Settings
+    from tome_sampler.saving import require_place, write_whole
 
     pyplot: Any = report.plotter() if args.plot else None
-    for path in (args.json, args.markdown, args.plot):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    for option in ("json", "markdown", "plot"):
+        if getattr(args, option) is not None:
+            require_place(option, getattr(args, option))
+    if args.plot:
+        report.require_picture(args.plot)
     for machine, rows in measure(Settings.of(args), progress=not args.quiet):
         if args.json:  # what comes later may fail, or be stopped
             report.write_json(args.json, machine, rows)
@@ -129,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:  # with what was noted last
         report.write_json(args.json, machine, rows)
     if args.markdown:
-        args.markdown.write_text(text)
+        write_whole(args.markdown, text.encode())
     if args.plot:
         report.plot(pyplot, rows, args.plot)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -141,6 +142,16 @@ def plotter() -> Any:
         raise ImportError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
 
 
+def require_picture(path: Path) -> None:
+    """
+    Raises:
+        ValueError: matplotlib writes no files of this suffix.
+    """
+    known = sorted(import_module("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"plot is {str(path)!r}; its suffix must be one of {', '.join(f'.{kind}' for kind in known)}")
+
+
 def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
     """Speed-ups: bars where there is one size, curves over sizes where there are more. Of the runs that are put
     together, the usual one."""
@@ -170,8 +181,10 @@ def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
             axes.set_ylabel("speed-up over plain")
             axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
         axes.set_title(f"{arch}, {', '.join(map(str, sizes))} pixels, batch {batch}, {shown[0]['dtype']}")
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.lower().removeprefix("."), dpi=120)
     pyplot.close(figure)
+    write_whole(path, content.getvalue())
 
 
 def _label(row: dict[str, Any]) -> str:
