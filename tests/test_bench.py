@@ -546,6 +546,8 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         (["--ratio", "0.9", "--methods", "tomesd"], "ratio is 0.9; with tomesd, which never merges more"),
         (["--methods", "tomseed"], "method is 'tomseed'; it must be one of plain, bound, zero_overhead, tomesd"),
         (["--methods", "default,default"], "it must name each one once"),
+        (["--methods", "plain,bound"], "methods is 'plain,bound'; with bound it must name a method that merges"),
+        (["--methods", "bound,zero_overhead"], "with bound and zero_overhead it must name a method that merges, e.g."),
         (["--methods", "default:ratio"], "override is 'ratio'; it must be field=value"),
         (["--methods", "default:ratio=0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
         (["--methods", "default:refresh=often"], "refresh is 'often'; it must be 'always', 'once'"),

@@ -25,6 +25,7 @@ from tome_sampler.config import PRESETS, MergeConfig
 from tome_sampler.spelling import read_overrides, split_methods
 
 LIMITS = ("plain", "bound", "zero_overhead")
+MERGING = ("tomesd", "ca-tome")  # packages that shorten sequences, so that there are limits for them
 OURS = tuple(name for name in PRESETS if name not in PACKAGES)
 EVERYTHING = (*LIMITS, "tomesd", "ca-tome", "ca_tome", "default", "deepcache", "hypertile", "default+deepcache")
 QUICK = (*LIMITS, "tomesd", "default")
@@ -43,6 +44,11 @@ class Chosen:
         """The preset of ours that it runs, if it does."""
         above = self.name.partition("+")[0]
         return above if above in OURS else None
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether bound and zero_overhead are measured for it."""
+        return self.name in (*OURS, *MERGING)
 
     def config(self, common: dict[str, Any]) -> MergeConfig | None:
         """The configuration of one of our presets, with what all of them are given here."""
@@ -78,7 +84,8 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
         given: the command line's, or None: all that can be had. quick: fewer of them. runs: there will be whole runs.
 
     Raises:
-        ValueError: a name is unknown, or is there twice. ImportError: a package that was asked for is not installed.
+        ValueError: a name is unknown, or is there twice, or there are limits and nothing that they are of.
+        ImportError: a package that was asked for is not installed.
     """
     labels = split_methods(given) if given is not None else list(QUICK if quick else EVERYTHING)
     chosen, notes = [], []
@@ -106,6 +113,12 @@ def choose(given: str | None, *, quick: bool, runs: bool) -> tuple[tuple[Chosen,
         chosen.append(Chosen(label, name, overrides))
     if len(set(labels)) < len(labels):
         raise ValueError(f"methods is {given!r}; it must name each one once")
+    limits = [label for label in labels if label in LIMITS[1:]]
+    if limits and not any(method.has_limits for method in chosen):
+        raise ValueError(
+            f"methods is {given!r}; with {' and '.join(limits)} it must name a method that merges, e.g. default: they "
+            "are limits of one"
+        )
     return tuple(chosen), "bound" in labels, tuple(notes)
 
 

@@ -11,9 +11,11 @@ Methods, in turn within each round:
                  mix of all four, and zero_overhead is measured /early and /later, and mixed as its method is
   deepcache, hypertile, PRESET+deepcache   for comparison, if these packages are installed
 
-plain and zero_overhead are always measured: all figures are relative to them. Models have the published layouts and
-random weights, on which a similarity means nothing: there, presets merge --ratio of the tokens, without a threshold,
-and before early_sigma their early_ratio as always; default:early_ratio=None merges the same in all of a run.
+plain is always measured, and zero_overhead of each method that merges (tomesd, ca-tome, presets): speed-ups are over
+the one, shares of the speed of the other; plain's share is of the first one. bound and zero_overhead are limits of the
+methods that are named with them. Models have the published layouts and random weights, on which a similarity means
+nothing: there, presets merge --ratio of the tokens, without a threshold, and before early_sigma their early_ratio as
+always; default:early_ratio=None merges the same in all of a run.
 "embedded" is the small trained model of the demonstration; it runs the presets as they are. On pixart and animatediff
 the other packages do not run: they are made for Stable Diffusion's U-Nets.
 
