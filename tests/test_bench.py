@@ -535,6 +535,10 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
             ["--arch", "embedded", "--size", "48"],
             "it must be a multiple of 64 from 512 to 2048 or a multiple of 32 from 32",
         ),
+        (
+            ["--arch", "embedded", "--size", "512,1024"],
+            "size is 512,1024; with arch embedded it must be a multiple of 32 from 32 to 256",
+        ),
         (["--batch", "0"], "batch is '0'; it must be a whole number from 1 to 64"),
         (["--frames", "4"], "frames is 4; it must be left out with arch tiny"),
         (["--arch", "animatediff", "--frames", "33"], "frames is 33; it must be from 1 to 32"),
@@ -561,7 +565,8 @@ def test_by_default_what_is_not_installed_is_said_to_be(monkeypatch: pytest.Monk
         (["--steps", "1"], "steps is 1; it must be 0"),
         (["--repeats", "0"], "repeats is 0; it must be from 1 to 1000"),
         (["--threads", "0"], "threads is 0; it must be from 1"),
-        (["--seed", "-1"], "seed is -1; it must be from 0"),
+        (["--seed", "-1"], "seed is -1; it must be from 0 to 4294967295"),
+        (["--seed", "4294967296"], "seed is 4294967296; it must be from 0 to 4294967295"),
         (["--checkpoint", "none.safetensors"], "arch is tiny; with a checkpoint it must be one of sd15, sd21, sdxl"),
         (
             ["--arch", "pixart", "--checkpoint", "none.safetensors"],

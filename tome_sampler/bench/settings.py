@@ -85,6 +85,11 @@ class Settings:
                 )
             for method in self.chosen:
                 method.config(self._common(name))
+        known = ARCHITECTURES[self.archs[0]].sizes
+        if len(self.archs) == 1 and self.sizes and not any(size in known for size in self.sizes):
+            raise ValueError(
+                f"size is {','.join(map(str, self.sizes))}; with arch {self.archs[0]} it must be {_range_text(known)}"
+            )
         if self.frames is not None and not any(ARCHITECTURES[name].frames for name in self.archs):
             raise ValueError(f"frames is {self.frames}; it must be left out with arch {','.join(self.archs)}")
         if self.ratio > 0.75 and any(method.name == "tomesd" for method in self.chosen):
@@ -131,9 +136,7 @@ def _numbers(option: str, given: str, *allowed: range) -> tuple[int, ...]:
     numbers = []
     for text in given.split(","):
         if not text.strip().isdigit() or not any(int(text) in known for known in allowed):
-            kinds = ("whole number" if r.step == 1 else f"multiple of {r.step}" for r in allowed)
-            must = " or ".join(f"a {kind} from {r[0]} to {r[-1]}" for kind, r in zip(kinds, allowed, strict=True))
-            raise ValueError(f"{option} is {text!r}; it must be {must}")
+            raise ValueError(f"{option} is {text!r}; it must be {' or '.join(map(_range_text, allowed))}")
         numbers.append(int(text))
     return tuple(dict.fromkeys(numbers))
 
@@ -141,8 +144,18 @@ def _numbers(option: str, given: str, *allowed: range) -> tuple[int, ...]:
 def in_range(option: str, value: Any, low: float, high: float) -> Any:
     """An option that is a number; ValueError if it is out of its range."""
     if not low <= value <= high:
-        raise ValueError(f"{option} is {value:g}; it must be from {low:g} to {high:g}")
+        raise ValueError(f"{option} is {_text(value)}; it must be from {_text(low)} to {_text(high)}")
     return value
+
+
+def _text(number: float) -> str:
+    """A whole number whole, however large."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _range_text(known: range) -> str:
+    kind = "whole number" if known.step == 1 else f"multiple of {known.step}"
+    return f"a {kind} from {known[0]} to {known[-1]}"
 
 
 def device_of(given: str) -> torch.device:
