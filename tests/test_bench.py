@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tome_sampler import MergeConfig, MergeSession, Pairing
 from tome_sampler.attention import proportional_attention
-from tome_sampler.bench import memory
+from tome_sampler.bench import memory, report
 from tome_sampler.bench.architectures import ARCHITECTURES, Architecture, build
 from tome_sampler.bench.chosen import EVERYTHING, choose
 from tome_sampler.bench.command import add_arguments
@@ -874,6 +874,25 @@ def test_a_checkpoint_that_is_none_is_said_to_be(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="cannot be read as a UNet2DConditionModel") as error:
             build("tiny", torch.float32, torch.device("cpu"), seed=0, checkpoint=path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/opt/v/bin/tome-sampler bench --arch sd15 --quick", "tome-sampler bench --arch sd15 --quick"),
+        ("/opt/tome_sampler/__main__.py bench --seed 1", "python -m tome_sampler bench --seed 1"),
+        ("tome-sampler bench --json /home/me/b.json --seed 1", "tome-sampler bench --json FILE --seed 1"),
+        ("tome-sampler bench --plot=/home/me/b.png --mark /home/me", "tome-sampler bench --plot FILE --mark FILE"),
+        ("tome-sampler bench --checkpoint /home/me/w.ckpt", "tome-sampler bench --checkpoint PATH"),
+    ],
+)
+def test_the_command_is_kept_without_paths(given: str, shown: str) -> None:
+    assert report.command(given.split()) == shown
+
+
+def test_figures_say_which_command_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/tome-sampler", "bench", "--methods", "default:ratio=0.7"])
+    assert report.machine(torch.device("cpu"))["command"] == "tome-sampler bench --methods default:ratio=0.7"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

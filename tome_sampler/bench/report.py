@@ -7,6 +7,9 @@ import itertools
 import json
 import os
 import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,9 +37,14 @@ _COLUMNS = (
 )
 
 
+_FILES = {"--json": "FILE", "--markdown": "FILE", "--plot": "FILE", "--checkpoint": "PATH"}
+"""Options whose values are places on this machine, and what stands for them."""
+
+
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it was measured on, and by which clock."""
+    """What it was measured on, by which clock and which command."""
     found: dict[str, Any] = {
+        "command": command(sys.argv),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
@@ -52,6 +60,20 @@ def machine(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             found[package.lower()] = None
     return found
+
+
+def command(argv: Sequence[str]) -> str:
+    """A command line without this machine's paths."""
+    name, words = Path(argv[0]).name, iter(argv[1:])
+    shown = ["python", "-m", "tome_sampler"] if name == "__main__.py" else [name]
+    for word in words:
+        option, equals, _ = word.partition("=")
+        # argparse takes the first letters for an option, too
+        hidden = [stand_in for file, stand_in in _FILES.items() if len(option) > 2 and file.startswith(option)]
+        if hidden and not equals:
+            next(words, None)
+        shown += [option, *hidden] if hidden else [word]
+    return shlex.join(shown)
 
 
 def load() -> float | None:
