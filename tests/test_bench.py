@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -893,6 +894,29 @@ def test_the_command_is_kept_without_paths(given: str, shown: str) -> None:
 def test_figures_say_which_command_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/bin/tome-sampler", "bench", "--methods", "default:ratio=0.7"])
     assert report.machine(torch.device("cpu"))["command"] == "tome-sampler bench --methods default:ratio=0.7"
+
+
+@pytest.mark.parametrize(("sizes", "count"), [((512,), 4), ((512,), 50), ((512, 768), 50)])
+def test_labels_of_a_picture_do_not_overlap(sizes: tuple[int, ...], count: int, tmp_path: Path) -> None:
+    """However many there are; what has no share of a bound is drawn as all else."""
+    pytest.importorskip("matplotlib")
+    pyplot = report.plotter()
+    row = {"arch": "tiny", "batch": 1, "dtype": "fp32", "kind": "step", "steps": 1, "share_of_bound": None}
+    rows = [{**row, "method": f"m{i}", "size": size, "speedup": 1.0} for i in range(count) for size in sizes]
+    figures: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", figures.append)
+        report.plot(pyplot, rows, tmp_path / "bench.PNG")
+    figures[0].canvas.draw()
+    axes = figures[0].axes[0]
+    texts = axes.get_yticklabels() if len(sizes) == 1 else axes.get_legend().get_texts()
+    boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+    assert len(boxes) == count
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    assert boxes[0].y0 >= 0
+    assert boxes[-1].y1 <= figures[0].bbox.height
+    pyplot.close("all")
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.PNG"]
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from tome_sampler.bench.methods import USUAL_STEPS
 from tome_sampler.bench.timing import clock_of
 from tome_sampler.saving import write_whole
 
+_LINE = 0.22  # inches of a bar and its label
 _COLUMNS = (
     "method",
     "steps",
@@ -179,7 +180,9 @@ def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
     together, the usual one."""
     rows = [row for row in rows if row["kind"] != "composed" or row["steps"] == USUAL_STEPS]
     cases = list(dict.fromkeys((row["arch"], row["batch"]) for row in rows))
-    figure, grid = pyplot.subplots(1, len(cases), figsize=(8 * len(cases), 5), squeeze=False, layout="constrained")
+    lines = max(len({_label(row) for row in rows if (row["arch"], row["batch"]) == case}) for case in cases)
+    size = 8 * len(cases), max(5.0, 1 + _LINE * lines)
+    figure, grid = pyplot.subplots(1, len(cases), figsize=size, squeeze=False, layout="constrained")
     for axes, (arch, batch) in zip(grid[0], cases, strict=True):
         shown = [row for row in rows if (row["arch"], row["batch"]) == (arch, batch)]
         labels = list(dict.fromkeys(_label(row) for row in shown))
