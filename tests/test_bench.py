@@ -860,6 +860,25 @@ def test_a_clip_is_as_long_as_it_is_said_to_be(other: str) -> None:
     assert given.architecture(other).frames == (5 if other == "animatediff" else None)
 
 
+@pytest.mark.parametrize(
+    ("arch", "methods", "noted"),
+    [
+        ("tiny", "ca_tome", "ca_tome"),
+        ("tiny", "ca_tome:stride=4,default", "ca_tome:stride=4"),
+        ("tiny", "ca_tome:threshold=0.7", None),
+        ("tiny", "default", None),
+        ("embedded", "ca_tome", None),
+    ],
+)
+def test_our_preset_is_not_taken_for_the_package(arch: str, methods: str, noted: str | None) -> None:
+    """Where it runs without what it is named for."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    notes = Settings.of(parser.parse_args(["--arch", arch, "--methods", methods])).notes_on(arch)
+    found = [note.partition(" is our preset")[0] for note in notes if "the package is ca-tome" in note]
+    assert found == ([noted] if noted else [])
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_a_checkpoint_is_loaded(host: Host, inputs: tuple[Tensor, Tensor], single: bool, tmp_path: Path) -> None:
     host.model.save_pretrained(tmp_path)

@@ -46,16 +46,8 @@ def measure(settings: Settings, progress: bool = True) -> Iterator[tuple[dict[st
                 notes.append(f"not measured: {error}")
                 continue
             architecture = settings.architecture(name)
-            if not architecture.trained:
-                notes.append(
-                    f"{name} has random weights: similarities mean nothing, so presets merge {settings.ratio:g} of the "
-                    "tokens, without a threshold; above early_sigma their early_ratio, where they have one"
-                )
-            sizes = settings.sizes_of(name)
-            others = ", ".join(str(size) for size in settings.sizes if size not in sizes)
-            if others:
-                notes.append(f"{name} cannot be measured at {others} pixels: it is at {', '.join(map(str, sizes))}")
-            for size, batch in itertools.product(sizes, settings.batches):
+            notes += [note for note in settings.notes_on(name) if note not in notes]
+            for size, batch in itertools.product(settings.sizes_of(name), settings.batches):
                 host = Host(name, architecture, model, size, batch, settings.seed)
                 foreign = any(method.preset is None for method in settings.chosen)
                 needed = host.needs(whole_scores=settings.backend == "math", foreign=foreign)

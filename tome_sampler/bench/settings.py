@@ -111,6 +111,29 @@ class Settings:
         known = ARCHITECTURES[name]
         return replace(known, trained=self.trained(name), frames=known.frames and (self.frames or known.frames))
 
+    def notes_on(self, arch: str) -> list[str]:
+        """What is measured of an architecture otherwise than its name or the command line says."""
+        notes = []
+        if not self.trained(arch):
+            notes.append(
+                f"{arch} has random weights: similarities mean nothing, so presets merge {self.ratio:g} of the "
+                "tokens, without a threshold; above early_sigma their early_ratio, where they have one"
+            )
+            configs = {
+                method.label: method.config(self._common(arch)) for method in self.chosen if method.preset == "ca_tome"
+            }
+            without = [label for label, config in configs.items() if config and config.threshold is None]
+            if without:
+                notes.append(
+                    f"{', '.join(without)} is our preset of that name, here without the threshold that makes it "
+                    "CA-ToMe's way of merging; the package is ca-tome"
+                )
+        sizes = self.sizes_of(arch)
+        others = ", ".join(str(size) for size in self.sizes if size not in sizes)
+        if others:
+            notes.append(f"{arch} cannot be measured at {others} pixels: it is at {', '.join(map(str, sizes))}")
+        return notes
+
     def methods_on(self, host: Host) -> list[Method]:
         """The methods at work on a model, the plain one first."""
         common = self._common(host.name)
