@@ -597,7 +597,6 @@ def test_a_run_of_one_step_gets_pairs_of_its_own(refresh: Any) -> None:
     session = MergeSession(preset("default", threshold=None, refresh=refresh), [8.0])
     first, second = tokens(), tokens()
     one(session, first, 8.0)
-    observe(session, torch.rand(1, 8, 8))
     found = one(session, second, 8.0)
     alone = MergeSession(session.config, [8.0])
     assert same(found, one(alone, second, 8.0))

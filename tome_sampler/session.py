@@ -225,9 +225,6 @@ class MergeSession:
                 self._first = call.sigma
             # no sampler evaluates twice where it begins: another picture, or another part of it
             self._anew = self._evaluation > 1 and call.sigma is not None and call.sigma == self._first
-            if self._anew:
-                self._importance = None
-                self._ranks.clear()
         self._evaluated = call.sigma, branches | set(call.branches)
         self._told |= set(call.images)
 

@@ -22,6 +22,7 @@ LENGTHS = (USUAL_STEPS, 50)
 """Of the runs that single steps are put together to."""
 PLAIN = "plain"
 """The phase of a step in which a method leaves the model as it is."""
+_BEFORE = 1.001  # times the noise level of a step that is measured alone
 _PLACE = int(2 / 5 * USUAL_STEPS)  # the step of this run at whose noise level single steps are measured
 
 Inputs = tuple[Tensor, Tensor]
@@ -142,9 +143,10 @@ class Merged(Method):
         self._session = self._alone[part]
         if makes_pairs(phase):
             self._session.reset()
+            # a step of a run that began before it; it tells the latent's size, without which importance is forgotten
+            with self._session.call(self.host.describe(sigma * _BEFORE)):
+                pass
             if sigma in self.host.seen:
-                with self._session.call(self.host.describe(sigma)):  # the latent's size, without which it forgets
-                    pass
                 self._session.observe(*self.host.seen[sigma])
 
     def restart(self, sigmas: list[float]) -> None:
