@@ -13,6 +13,7 @@ from test_session import one, tokens
 
 from tome_sampler import MergeConfig, MergeSession, gate, merging
 from tome_sampler.bench.calibrate import _first, calibrate
+from tome_sampler.bench.methods import KeptSession
 from tome_sampler.cli import main
 from tome_sampler.refresh import Always, Once
 
@@ -119,6 +120,24 @@ def test_calibrating_gives_a_row_for_each_width() -> None:
     assert [row["channels"] for row in rows] == [16, 32]
     assert all(gate._is_row(row) for row in rows)
     assert all(row[key] in (16, 1024, 2048) for row in rows for key in ("kept", "always"))
+
+
+def test_calibrating_times_calls_that_reuse_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kept match costs is not the cost of another one."""
+    sessions: list[MergeSession] = []
+
+    class Seen(KeptSession):
+        def __init__(self, config: MergeConfig) -> None:
+            super().__init__(config)
+            sessions.append(self)
+
+    monkeypatch.setattr("tome_sampler.bench.calibrate.KeptSession", Seen)
+    calibrate(torch.device("cpu"), torch.float32, repeats=1, widths=((16, 2),), sides=(64,), progress=False)
+    made = [[layer.pairings_made for call in s.stats.calls for layer in call.layers.values()] for s in sessions]
+    always, kept = made
+    assert len(always) == len(kept) == 2 * 2  # rounds, and calls in each
+    assert all(always)
+    assert [bool(count) for count in kept] == [True, False, False, False]
 
 
 def test_it_pays_from_where_it_always_does() -> None:

@@ -149,6 +149,8 @@ def _saved(
 
     at_half = MergeConfig(ratio=0.5, threshold=None, early_ratio=None, min_tokens=0)
     sessions = [KeptSession(at_half.with_(refresh=policy)) for policy in (Always(), Once())]
+    for session in sessions:
+        session.begin_before(call)
     shares: list[tuple[float, float]] = []
     for number in range(-1, repeats):
         times = [take(plain, device)[1].seconds]

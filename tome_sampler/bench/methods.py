@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import NoReturn
 
@@ -22,7 +23,6 @@ LENGTHS = (USUAL_STEPS, 50)
 """Of the runs that single steps are put together to."""
 PLAIN = "plain"
 """The phase of a step in which a method leaves the model as it is."""
-_BEFORE = 1.001  # times the noise level of a step that is measured alone
 _PLACE = int(2 / 5 * USUAL_STEPS)  # the step of this run at whose noise level single steps are measured
 
 Inputs = tuple[Tensor, Tensor]
@@ -101,6 +101,13 @@ class KeptSession(MergeSession):
     """A session that keeps its pairs when it is taken off the model between turns, and of which there are many: what
     it passes through is told in the table, once."""
 
+    def begin_before(self, call: ModelCall) -> None:
+        """A call like this one, just before it: the latent's size is known, and calls at this noise level are amid a
+        run, as a session takes each one at its first noise level for another picture's."""
+        assert call.sigma is not None
+        with self.call(replace(call, sigma=call.sigma * 1.01)):
+            pass
+
     def release(self) -> None:
         pass
 
@@ -143,9 +150,7 @@ class Merged(Method):
         self._session = self._alone[part]
         if makes_pairs(phase):
             self._session.reset()
-            # a step of a run that began before it; it tells the latent's size, without which importance is forgotten
-            with self._session.call(self.host.describe(sigma * _BEFORE)):
-                pass
+            self._session.begin_before(self.host.describe(sigma))
             if sigma in self.host.seen:
                 self._session.observe(*self.host.seen[sigma])
 

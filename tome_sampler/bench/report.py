@@ -190,6 +190,7 @@ def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
         if len(sizes) == 1:
             speeds = {_label(row): row["speedup"] for row in shown}
             axes.bar_label(axes.barh(labels[::-1], [speeds[label] for label in labels[::-1]]), fmt="%.2f", padding=3)
+            axes.margins(x=0.1, y=1 / len(labels))  # for what stands behind the bars
             axes.axvline(1, color="black", linewidth=0.8)
             axes.set_xlabel("speed-up over plain")
         else:
