@@ -28,6 +28,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def cuda() -> torch.device:
+    """For what says nothing on a CPU, or is tested there by other files."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    return torch.device("cuda")
+
+
 @contextmanager
 def merged_steps(
     device: torch.device, config: MergeConfig, dtype: torch.dtype = torch.float32, compiled: str | None = None
@@ -68,8 +76,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_tokens_are_merged_on_every_device(device: torch.device, name: str) -> None:
-    found, on_cpu = pictures(device, CONFIGS[name]), pictures(torch.device("cpu"), CONFIGS[name])
+def test_the_same_tokens_are_merged_as_on_a_cpu(cuda: torch.device, name: str) -> None:
+    found, on_cpu = pictures(cuda, CONFIGS[name]), pictures(torch.device("cpu"), CONFIGS[name])
     for a, b in zip(found, on_cpu, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
@@ -83,22 +91,20 @@ def test_a_run_gives_the_same_bits_each_time(device: torch.device, name: str) ->
 
 
 @contextmanager
-def waiting_is_an_error(device: torch.device) -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+def waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("name", ["ratio", "blocks", "tomesd"])
-def test_no_step_at_a_fixed_ratio_waits_for_the_device(device: torch.device, name: str) -> None:
-    with merged_steps(device, CONFIGS[name]) as (step, session):
+def test_no_step_at_a_fixed_ratio_waits_for_the_device(cuda: torch.device, name: str) -> None:
+    with merged_steps(cuda, CONFIGS[name]) as (step, session):
         step(SIGMAS[0])  # what a run does once
-        with waiting_is_an_error(device):
+        with waiting_is_an_error():
             for sigma in SIGMAS[1:]:
                 step(sigma)
         found = session.stats.to_dict()
@@ -124,13 +130,11 @@ def test_attention_that_counts_merged_keys_stays_on_the_flash_kernel(device: tor
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_model_draws_what_it_draws_as_it_is(device: torch.device, mode: str) -> None:
-    if device.type == "cpu":
-        pytest.skip("minutes of a C++ compiler, and no CUDA graphs; test_compiled.py does it without either")
+def test_a_compiled_model_draws_what_it_draws_as_it_is(cuda: torch.device, mode: str) -> None:
     torch._dynamo.reset()
-    with merged_steps(device, FIXED) as (step, _):
+    with merged_steps(cuda, FIXED) as (step, _):
         plain = [step(sigma) for sigma in (*SIGMAS, *SIGMAS)]
-    with merged_steps(device, FIXED, compiled=mode) as (step, session):
+    with merged_steps(cuda, FIXED, compiled=mode) as (step, session):
         found = [step(sigma) for sigma in (*SIGMAS, *SIGMAS)]
         made = session.stats.to_dict()["pairings_made"]
     torch._dynamo.reset()

@@ -54,13 +54,11 @@ Observe = Callable[[nn.Module, Any], None]
 
 @dataclass
 class _Open:
-    """A layer that is running on merged tokens. given: what it was given before they were. handed: what it was given
-    instead."""
+    """A layer that is running on merged tokens, and what it was given before they were."""
 
     pairing: Pairing
     merged: Tensor
     given: Tensor
-    handed: Tensor | None = None
     log_size: Tensor | None = None  # what its keys' logits gain
     mode: proportional_attention | None = None
     block: _Open | None = None  # that merged them and will unmerge
@@ -221,9 +219,9 @@ class _Attachment:
             if opened is None:
                 return None
             self._feed_forward.follow()
-            opened.handed = self._attend(module, opened) if attends else opened.merged
+            given = self._attend(module, opened) if attends else opened.merged
             self._open[module] = opened
-            return _with_tokens(opened.handed, x, args, kwargs)
+            return _with_tokens(given, x, args, kwargs)
 
         return before
 
@@ -246,8 +244,8 @@ class _Attachment:
             if x is None or opened is None:
                 return None
             self._open_blocks[module] = opened
-            opened.handed = opened.merged.clone()  # some blocks (ComfyUI's kind) add to what they are given in place
-            return _with_tokens(opened.handed, x, args, kwargs)
+            # a copy: some blocks (ComfyUI's kind) add to what they are given in place
+            return _with_tokens(opened.merged.clone(), x, args, kwargs)
 
         return before
 
@@ -265,8 +263,7 @@ class _Attachment:
                 return None
             around = self._open_blocks[block]
             self._open[module] = opened = _Open(around.pairing, x, x, block=around)
-            opened.handed = self._attend(module, opened)
-            return _with_tokens(opened.handed, x, args, kwargs)
+            return _with_tokens(self._attend(module, opened), x, args, kwargs)
 
         return before
 
@@ -362,7 +359,7 @@ class _Attachment:
 
     @staticmethod
     def _on_all_tokens(module: nn.Module, opened: _Open, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = _with_tokens(opened.given, opened.handed, args, kwargs)
+        args, kwargs = _with_tokens(opened.given, _tokens(args, kwargs), args, kwargs)
         return module.forward(*args, **kwargs)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
