@@ -321,7 +321,7 @@ _begin, _merge, _seen = _begin_op, _merge_op, _seen_op
 if HAS_OPERATORS:
     _outside: dict[str, Any] = {}
     if "tags" in inspect.signature(torch.library.custom_op).parameters and hasattr(torch.Tag, "cudagraph_unsafe"):
-        _outside["tags"] = torch.Tag.cudagraph_unsafe
+        _outside["tags"] = (torch.Tag.cudagraph_unsafe,)  # a lone tag is taken from torch 2.13 on
 
     def _operator(name: str, schema: str, function: Any, fake: Any) -> Any:
         # torch 2.4 cannot read a schema off annotations that are strings
