@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn import functional as F
 
-from tome_sampler.attention import proportional_attention
+from tome_sampler.attention import KeyBias, proportional_attention
 
 SHAPES = {  # batch, heads, tokens after merging, channels of a head
     "embedded 64x64, half": (2, 2, 2048, 24),
@@ -38,11 +38,11 @@ def main() -> None:
     print("| shape | plain, ms | mask | channel |\n|---|---|---|---|")
     for name, (b, heads, m, d) in SHAPES.items():
         q, k, v = torch.randn(3, b, heads, m, d, device=args.device, dtype=getattr(torch, args.dtype))
-        log_size = torch.randint(1, 5, (b, m), device=args.device).float().log()
+        bias = KeyBias(torch.randint(1, 5, (b, m), device=args.device).float().log())
         forms = {
             "plain": nullcontext(),
-            "mask": proportional_attention(log_size, "mask"),
-            "channel": proportional_attention(log_size, "channel"),
+            "mask": proportional_attention(bias, "mask"),
+            "channel": proportional_attention(bias, "channel"),
         }
         times: dict[str, list[float]] = {form: [] for form in forms}
         for round_ in range(args.rounds + 2):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from tome_sampler import MergeConfig, Pairing, merging
-from tome_sampler.attention import Form, own_attention, proportional_attention
+from tome_sampler.attention import Form, KeyBias, own_attention, proportional_attention
 from tome_sampler.refresh import Always
 
 FORMS: list[Form] = ["mask", "channel"]
@@ -100,7 +100,7 @@ def test_a_mask_that_is_there_already_holds_too(form: Form, kind: str) -> None:
     bias = torch.randn(1, 1, 5, y.shape[2])
     mask = seen if kind == "bool" else bias
     added = torch.where(seen, 0.0, -torch.inf) if kind == "bool" else bias
-    logits = q @ y.transpose(-1, -2) * 16**-0.5 + pairing.log_size[:, None, None] + added
+    logits = q @ y.transpose(-1, -2) * 16**-0.5 + pairing.log_size.values[:, None, None] + added
     with proportional_attention(pairing.log_size, form):
         merged = F.scaled_dot_product_attention(q, y, y, attn_mask=mask)
     torch.testing.assert_close(merged, logits.softmax(-1) @ y, atol=1e-5, rtol=1e-5)
@@ -183,7 +183,7 @@ def test_multihead_attention_of_torch_is_not_reached_and_says_so(weights: bool) 
 
 def test_the_mode_leaves_nothing_behind_after_an_exception() -> None:
     assert _get_current_function_mode_stack() == []
-    with pytest.raises(RuntimeError, match="inside"), proportional_attention(torch.zeros(1, 3)):
+    with pytest.raises(RuntimeError, match="inside"), proportional_attention(KeyBias(torch.zeros(1, 3))):
         raise RuntimeError("inside")
     assert _get_current_function_mode_stack() == []
 
@@ -285,9 +285,9 @@ def test_own_attention_does_not_stand_in_for_a_processor_of_another_kind(unet: n
     attention = next(m for m in unet.modules() if hasattr(m, "attn1")).attn1
     x = torch.randn(1, 9, attention.to_q.in_features)
     with torch.no_grad():
-        assert own_attention(attention, x, torch.zeros(1, 9)) is not None
+        assert own_attention(attention, x, KeyBias(torch.zeros(1, 9))) is not None
         attention.set_processor(type("Perturbed", (), {"__call__": lambda *args, **kwargs: x})())
-        assert own_attention(attention, x, torch.zeros(1, 9)) is None
+        assert own_attention(attention, x, KeyBias(torch.zeros(1, 9))) is None
 
 
 def test_another_kernel_in_the_place_of_torch_s_is_stood_in_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,12 +235,11 @@ def test_an_eager_call_after_compiled_ones_is_told_of_by_itself() -> None:
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch knows no such mark")
 def test_the_compiler_leaves_merging_and_nothing_else_out_of_its_cuda_graphs() -> None:
-    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
-
+    unsafe = torch.Tag.cudagraph_unsafe
     left_out: list[str] = []
 
     def see(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        left_out.extend(str(node.target) for node in graph.graph.nodes if is_cudagraph_unsafe_fx_node(node))
+        left_out.extend(str(node.target) for node in graph.graph.nodes if unsafe in getattr(node.target, "tags", ()))
         return graph.forward
 
     unet = tiny_unet()

@@ -233,3 +233,9 @@ def test_a_field_that_is_named_as_an_argument_is_unknown(name: str) -> None:
 @pytest.mark.parametrize("refresh", [Checkpoints((1 / 3, 0.1)), SigmaRatio(1 + 1e-11), SigmaRatio(4.0), Drift(1e-12)])
 def test_words_give_the_policy_back_exactly(refresh: Refresh) -> None:
     assert read_refresh(refresh_text(refresh)) == refresh
+
+
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("False", False), ("TRUE", True)])
+def test_true_and_false_may_be_written_small(text: str, value: bool) -> None:
+    assert read_config(f"default:proportional={text}").proportional is value
+    assert read_config("default:early_ratio=none,early_modules=none").early is None

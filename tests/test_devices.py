@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import tiny_unet
+from diffusers.models.attention_processor import Attention
+from fake_cuda import CUDA, Launches, fake_cuda, on_cuda
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -109,6 +112,44 @@ def test_no_step_at_a_fixed_ratio_waits_for_the_device(cuda: torch.device, name:
                 step(sigma)
         found = session.stats.to_dict()
     assert found["pairings_made"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", ["ratio", "blocks", "tomesd", "importance"])
+def test_on_a_cuda_device_that_is_not_there_nothing_lies_elsewhere_and_nothing_waits(name: str) -> None:
+    """Without a GPU, too: a tensor on the host among those of the device, or a number asked for, would raise here."""
+    unet = tiny_unet()
+    with fake_cuda(), torch.no_grad(), merging(on_cuda(unet, torch.float16), CONFIGS[name]) as session:
+        x, context = (torch.empty(shape, device=CUDA, dtype=torch.float16) for shape in ((2, 4, 16, 16), (2, 3, 8)))
+        for sigma in SIGMAS:
+            call = ModelCall.chunked(sigma, (16, 16), ("uncond", "cond"), images=1)
+            with Launches() as launches, session.call(call):
+                out = unet(x, torch.empty(2, device=CUDA), encoder_hidden_states=context, return_dict=False)[0]
+            session.observe(out[1:], out[:1])
+            assert not launches.waits
+            assert out.device == CUDA
+        layers = [layer for call in session.stats.calls for layer in call.layers.values()]
+        assert sum(layer.pairings_made for layer in layers) > 0
+        assert not session.stats.notes
+
+
+def test_kept_pairs_launch_one_kernel_to_merge_one_to_unmerge_and_three_to_count_keys() -> None:
+    block = nn.Module()
+    block.attn1 = Attention(320, heads=8, dim_head=40, bias=False)
+    found = []
+    with fake_cuda(), torch.no_grad():
+        on_cuda(block, torch.float16)
+        x = torch.empty(2, 256, 320, device=CUDA, dtype=torch.float16)
+        with Launches() as plain:
+            block.attn1(x)
+        with merging(block, FIXED) as session:
+            for sigma in SIGMAS[:2]:
+                with Launches() as launches, session.call(ModelCall.chunked(sigma, (16, 16), ("uncond", "cond"), 1)):
+                    block.attn1(x)
+                found.append(launches.counts)
+    merging_alone = {"_embedding_bag_forward_only": 1, "embedding": 1}
+    assert found[1] - plain.counts == Counter({**merging_alone, "cat": 1, "constant_pad_nd": 2})
+    assert found[0].total() > found[1].total() + 20
 
 
 def flash_alone() -> AbstractContextManager[None]:

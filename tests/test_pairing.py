@@ -121,8 +121,8 @@ def test_rows_can_be_taken_for_a_larger_batch() -> None:
 
 def test_log_sizes_are_what_a_key_stands_for_and_minus_infinity_for_padding() -> None:
     pairing = Pairing.from_target(torch.tensor([[0, 0, 0, 0], [0, 0, 2, 2]]), 2)
-    torch.testing.assert_close(pairing.log_size.exp(), torch.tensor([[4.0, 0.0], [2.0, 2.0]]))
-    assert torch.equal(pairing.log_mask, torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]))
+    torch.testing.assert_close(pairing.log_size.values.exp(), torch.tensor([[4.0, 0.0], [2.0, 2.0]]))
+    assert torch.equal(pairing.log_mask.values, torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]))
 
 
 def test_a_tensor_that_is_not_contiguous_merges_alike() -> None:

@@ -674,7 +674,7 @@ def test_no_layer_waits_for_the_device_with_a_fixed_ratio(
             assert pairing is not None
             merged = pairing.merge(x)
             pairing.unmerge(merged)
-            shape, sizes = merged.shape, pairing.log_size
+            shape, sizes = merged.shape, pairing.log_size.values
         early = session.config.early if sigma > session.config.early_sigma else None
         assert shape[1] == 64 - int(64 * (early or session.config).ratio)
         assert sizes.shape == shape[:2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -38,8 +38,59 @@ _PLAIN_PROCESSORS = {
 _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp16
 
 
+class _Place(NamedTuple):
+    """Logits whose keys are merged ones, of `dims` dimensions. folded: heads that are rows of the batch, else 1.
+    first, last: the slice of all such rows that they are. more: keys after the merged ones."""
+
+    dims: int = 4
+    folded: int = 1
+    first: int = 0
+    last: int | None = None
+    more: int = 0
+
+
+class KeyBias:
+    """What the logits of m keys gain in proportional attention, and what kernels take of that. Each form is made once,
+    for all steps that keep the pairs: a few tiny kernels in every layer would cost a GPU more than merging does.
+
+    values: (b m), fp32; -inf for padding.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._forms: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """All tensors that it holds by now."""
+        return [self.values, *self._forms.values()]
+
+    def mask(self, dtype: torch.dtype, place: _Place) -> Tensor:
+        """What is added to logits: (rows ... 1 m+more)."""
+        form = (dtype, place)
+        if form not in self._forms:
+            self._forms[form] = self._at(place).to(dtype)
+        return self._forms[form]
+
+    def channels(self, dtype: torch.dtype, place: _Place, scale: float, width: int) -> Tensor:
+        """What is appended to keys: (rows ... m+more width). The first channel, where queries have ones, adds to the
+        logits, which a kernel multiplies by `scale`; the others are 0."""
+        form = (dtype, place, scale, width)
+        if form not in self._forms:
+            # half the range: padding must stay finite in fp16, also in a kernel that adds the other channels to it
+            most = torch.finfo(dtype).max / 2
+            first = (self._at(place).transpose(-1, -2) / scale).clamp(-most, most).to(dtype)
+            self._forms[form] = F.pad(first, (0, width - 1))
+        return self._forms[form]
+
+    def _at(self, place: _Place) -> Tensor:
+        bias = F.pad(self.values.clamp(min=_NEVER), (0, place.more))
+        bias = bias.repeat_interleave(place.folded, 0)[place.first : place.last]
+        return bias[(slice(None), *(None,) * (place.dims - 2))]
+
+
 class proportional_attention(TorchFunctionMode):
-    """Within it, attention over m keys adds `log_size` (b m) to their logits.
+    """Within it, attention over m keys adds `bias` (b m) to their logits.
 
     `heads`, if known, says that logits with the heads folded into the batch have b * heads rows; fewer are then taken
     for a slice, of slices worked off in order, as memory-saving attention does. So are fewer batch rows: guidance by
@@ -53,15 +104,15 @@ class proportional_attention(TorchFunctionMode):
     """
 
     def __init__(
-        self, log_size: Tensor, form: Form | None = None, heads: int | None = None, tokens: Tensor | None = None
+        self, bias: KeyBias, form: Form | None = None, heads: int | None = None, tokens: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.log_size = log_size.clamp(min=_NEVER)
-        self.form = form or FORM.get(log_size.device.type, "channel")
+        self.bias = bias
+        self.form = form or FORM.get(bias.values.device.type, "channel")
         self.heads = heads
         self.used = False
         self._tokens = tokens
-        self._lengths = {log_size.shape[1]}  # of keys that are the merged tokens, or begin with them
+        self._lengths = {bias.values.shape[1]}  # of keys that are the merged tokens, or begin with them
         self._done = 0  # folded rows of the slices so far
 
     def __torch_function__(
@@ -72,10 +123,11 @@ class proportional_attention(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func in _SOFTMAX:
             logits = args[0] if args else kwargs["input"]
-            bias = self._bias(logits)
-            if bias is not None:
+            place = self._place(logits)
+            if place is not None:
                 self.used = True
-                return func(logits + bias, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+                logits = logits + self.bias.mask(logits.dtype, place)
+                return func(logits, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
         out = func(*args, **kwargs)
         if func is torch.cat and self._tokens is not None:
             self._joined(args[0] if args else kwargs["tensors"], out)
@@ -89,31 +141,27 @@ class proportional_attention(TorchFunctionMode):
         if first.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr():
             self._lengths.add(whole.shape[1])
 
-    def _bias(self, logits: Tensor) -> Tensor | None:
-        """log_size in the shape of logits (b ... i m) or, heads folded into the batch, (b*heads i m) or a slice of
-        its rows; None if they are something else's."""
-        b, m = self.log_size.shape
+    def _place(self, logits: Tensor) -> _Place | None:
+        """Where logits (b ... i m) or, heads folded into the batch, (b*heads i m) or a slice of their rows, have their
+        keys; None if they are something else's."""
+        b, m = self.bias.values.shape
         rows, more = logits.shape[0], logits.shape[-1] - m
         if logits.ndim < 3 or logits.shape[-1] not in self._lengths:
             return None
-        bias = self.log_size.to(logits.dtype)
-        if more:
-            bias = F.pad(bias, (0, more))
         if logits.ndim > 3 or (self.heads is None and rows == b):
             heads = 1
         else:
             heads = self.heads or rows // b
             if self.heads is None and rows % b:
                 return None
-            bias = bias.repeat_interleave(heads, 0)
         if rows > b * heads:
             return None
+        first = 0
         if rows < b * heads:
             first, self._done = self._done, (self._done + rows) % (b * heads)
             if first + rows > b * heads:
                 return None
-            bias = bias[first : first + rows]
-        return bias.view(rows, *(1,) * (logits.ndim - 2), -1)
+        return _Place(logits.ndim, heads, first, first + rows, more)
 
     def _sdpa(
         self,
@@ -126,19 +174,20 @@ class proportional_attention(TorchFunctionMode):
         scale: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        bias = self._bias(key.transpose(-1, -2))
-        if bias is None:
-            return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
-        self.used = True
-        form = self.form
-        if attn_mask is not None:
+        place = self._place(key.transpose(-1, -2))
+        if place is not None:
+            self.used = True
+            if attn_mask is None:
+                rest = dropout_p, is_causal, scale
+                return _biased_attention(query, key, value, self.bias, place, self.form, *rest, **kwargs)
+            bias = self.bias.mask(key.dtype, place)
             mask = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf).to(bias)
-            bias, form = bias + mask, "mask"
-        return _biased_attention(query, key, value, bias, form, dropout_p, is_causal, scale, **kwargs)
+            attn_mask = bias + mask
+        return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
 
 
-def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | None:
-    """Self-attention of x (b m c) by a layer's own projections, keys counted by `log_size` (b m): for hosts whose
+def own_attention(module: nn.Module, x: Tensor, bias: KeyBias) -> Tensor | None:
+    """Self-attention of x (b m c) by a layer's own projections, keys counted by `bias` (b m): for hosts whose
     attention :class:`proportional_attention` cannot reach. The projections are called as modules, so that LoRA acts.
 
     None if the layer is not a plain one, with ``to_q``, ``to_k``, ``to_v``, ``to_out`` and ``heads``.
@@ -148,7 +197,7 @@ def own_attention(module: nn.Module, x: Tensor, log_size: Tensor) -> Tensor | No
     heads: Any = module.heads
     to_q, to_k, to_v, to_out = [getattr(module, name) for name in _PROJECTIONS]
     q, k, v = (rearrange(to(x), "b m (h d) -> b h m d", h=heads) for to in (to_q, to_k, to_v))
-    out = counted_attention(q, k, v, log_size, getattr(module, "scale", None))
+    out = counted_attention(q, k, v, bias, getattr(module, "scale", None))
     out = rearrange(out, "b h m d -> b m (h d)")
     for part in to_out if isinstance(to_out, (nn.ModuleList, nn.Sequential)) else [to_out]:
         out = part(out)
@@ -167,36 +216,34 @@ def has_own_attention(module: nn.Module) -> bool:
     )
 
 
-def counted_attention(
-    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float | None = None
-) -> Tensor:
-    """Attention (b heads i d) over m keys, whose logits gain `log_size` (b m)."""
-    bias = log_size.clamp(min=_NEVER).to(query.dtype)[:, None, None]
-    return _biased_attention(query, key, value, bias, FORM.get(query.device.type, "channel"), scale=scale)
+def counted_attention(query: Tensor, key: Tensor, value: Tensor, bias: KeyBias, scale: float | None = None) -> Tensor:
+    """Attention (b heads i d) over m keys, whose logits gain `bias` (b m)."""
+    form = FORM.get(query.device.type, "channel")
+    return _biased_attention(query, key, value, bias, _Place(), form, scale=scale)
 
 
 def _biased_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    bias: KeyBias,
+    place: _Place,
     form: Form,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention whose logits gain bias (b ... 1 m), as a mask or as one more channel of query and key."""
+    """Attention whose logits gain a bias, as a mask or as more channels of query and key, whose width stays one that
+    fused kernels take."""
     if form == "mask":
-        return _SDPA(query, key, value, bias, dropout_p, is_causal, scale=scale, **kwargs)
-    d = query.shape[-1]
+        mask = bias.mask(key.dtype, place)
+        return _SDPA(query, key, value, mask, dropout_p, is_causal, scale=scale, **kwargs)
+    d, channels = query.shape[-1], value.shape[-1]
     scale = d**-0.5 if scale is None else scale
-    # half the range: padding must stay finite in fp16, also in a kernel that adds the other channels to it
-    most = torch.finfo(key.dtype).max / 2
-    bias = (bias.transpose(-1, -2).float() / scale).clamp(-most, most).to(key.dtype).expand(*key.shape[:-1], 1)
-    width = -(d + 1) % 8
-    query = F.pad(torch.cat([query, torch.ones_like(query[..., :1])], -1), (0, width))
-    key = F.pad(torch.cat([key, bias], -1), (0, width))
-    channels = value.shape[-1]
-    value = F.pad(value, (0, max(query.shape[-1] - channels, 0)))
+    width = 1 + -(d + 1) % 8
+    more = bias.channels(key.dtype, place, scale, width)
+    query = F.pad(query, (0, width), value=1.0)
+    key = torch.cat([key, more.expand(*key.shape[:-1], width)], -1)
+    value = F.pad(value, (0, max(d + width - channels, 0)))
     return _SDPA(query, key, value, None, dropout_p, is_causal, scale=scale, **kwargs)[..., :channels]

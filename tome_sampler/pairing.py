@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tome_sampler.attention import KeyBias
+
 _BAGS = ("cpu", "cuda")
 """Devices where an embedding bag is the weighted sum of each row's tokens in one pass: one read of the tokens and one
 write of the merged ones, sums in fp32, in a fixed order. Others use ``index_add_``."""
@@ -59,7 +61,9 @@ class Pairing:
     @property
     def kept(self) -> list[Tensor]:
         """All tensors that it holds by now."""
-        return [t for t in (*vars(self).values(), *self._weights.values()) if isinstance(t, Tensor)]
+        biases = [bias for bias in vars(self).values() if isinstance(bias, KeyBias)]
+        more = (tensor for bias in biases for tensor in bias.kept)
+        return [t for t in (*vars(self).values(), *self._weights.values(), *more) if isinstance(t, Tensor)]
 
     @property
     def target(self) -> Tensor:
@@ -88,14 +92,14 @@ class Pairing:
         return functional.embedding(self.flat_row, y.reshape(b * m, c)).view(b, -1, c)
 
     @cached_property
-    def log_size(self) -> Tensor:
-        """(b m), fp32: what the logits of a merged key gain in proportional attention; -inf for padding."""
-        return self.size.log()
+    def log_size(self) -> KeyBias:
+        """(b m) what the logits of a merged key gain in proportional attention; -inf for padding."""
+        return KeyBias(self.size.log())
 
     @cached_property
-    def log_mask(self) -> Tensor:
-        """(b m), fp32: 0 for a row, -inf for padding: attention that is not proportional, but sees no padding."""
-        return self.size.clamp(max=1).log()
+    def log_mask(self) -> KeyBias:
+        """(b m) 0 for a row, -inf for padding: attention that is not proportional, but sees no padding."""
+        return KeyBias(self.size.clamp(max=1).log())
 
     @cached_property
     def flat_row(self) -> Tensor:

@@ -539,8 +539,8 @@ class MergeSession:
         return x if rows == tuple(range(x.shape[0])) else x[self._on_device(rows, x.device)]
 
     def _on_device(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
-        if (rows, device) not in self._index:  # copied to the device once a run, not once a layer
-            self._index[rows, device] = torch.tensor(rows, device=device)
+        if (rows, device) not in self._index:  # copied to the device once a run, not once a layer; nothing waits for it
+            self._index[rows, device] = torch.tensor(rows).to(device, non_blocking=device.type == "cuda")
         return self._index[rows, device]
 
     def _seed(self, layer: Layer) -> int:

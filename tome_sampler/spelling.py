@@ -75,12 +75,17 @@ def read_refresh(value: Any) -> Refresh:
     )
 
 
+_WORDS = {"true": True, "false": False, "none": None}
+
+
 def read_value(field: str, text: str) -> Any:
     """A setting's value: what Python would read, else the text. Refresh policies have their words, modules a plus
-    between them."""
+    between them; true, false and none may be written small."""
     if field == "refresh":
         return read_refresh(text)
-    if field == "modules" or (field == "early_modules" and text != "None"):
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if field in ("modules", "early_modules"):
         return tuple(text.split("+"))
     try:
         return ast.literal_eval(text)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from tome_sampler.attention import proportional_attention
+from tome_sampler.attention import KeyBias, proportional_attention
 from tome_sampler.bench.methods import LENGTHS, PLAIN, Inputs, Merged, Method, part_of
 from tome_sampler.hosts.feedforward import HalvedFeedForward
 from tome_sampler.session import MergeSession
@@ -23,13 +23,13 @@ _PARTS = ("attn1", "attn2", "ff")
 
 @dataclass(frozen=True, eq=False)
 class Short:
-    """A module that gets (rows m channels), `shape`, where it gets `tokens` tokens without merging. log_size: what
-    its keys' logits gain, if they do. block: the transformer block that it is, or is a part of. outer: no module around
+    """A module that gets (rows m channels), `shape`, where it gets `tokens` tokens without merging. bias: what its
+    keys' logits gain, if they do. block: the transformer block that it is, or is a part of. outer: no module around
     it gets a short sequence too."""
 
     shape: torch.Size
     tokens: int
-    log_size: Tensor | None
+    bias: KeyBias | None
     block: str
     outer: bool
 
@@ -55,8 +55,8 @@ class Plans:
         return self.runs.get(len(phases)) or self.composed(phases)
 
 
-Seen = dict[str, tuple[torch.Size, Tensor | None]]
-"""What each module works on in a call: the shape, and the log(size) in force."""
+Seen = dict[str, tuple[torch.Size, KeyBias | None]]
+"""What each module works on in a call: the shape, and the bias of its keys in force."""
 
 
 def _candidates(root: nn.Module) -> dict[str, nn.Module]:
@@ -81,7 +81,7 @@ def shapes_seen(root: nn.Module) -> Iterator[Seen]:
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, proportional_attention)]
-        seen[name] = _first(args, kwargs).shape, modes[-1].log_size if modes else None
+        seen[name] = _first(args, kwargs).shape, modes[-1].bias if modes else None
 
     with ExitStack() as stack:
         for name, module in _candidates(root).items():
@@ -92,12 +92,12 @@ def shapes_seen(root: nn.Module) -> Iterator[Seen]:
 def plan_of(seen: Seen, plain: Seen) -> Plan:
     """What is shorter than in a plain call."""
     plan: Plan = {}
-    for name, (shape, log_size) in seen.items():
+    for name, (shape, bias) in seen.items():
         tokens = plain[name][0][1]
         if shape[1] < tokens:
             around, _, last = name.rpartition(".")
             block = around if last in _PARTS else name
-            plan[name] = Short(shape, tokens, log_size, block, outer=around not in plan)
+            plan[name] = Short(shape, tokens, bias, block, outer=around not in plan)
     return plan
 
 
@@ -202,7 +202,7 @@ class ZeroOverhead(Limit):
         heads = getattr(module, "heads", None)
 
         def ready(*args: Any, **kwargs: Any) -> Any:
-            x, mode = _first(args, kwargs), _mode(short.log_size, heads)
+            x, mode = _first(args, kwargs), _mode(short.bias, heads)
             with mode:
                 if not short.outer:  # what is around it has been given a short sequence already
                     return forward(*args, **kwargs)
@@ -228,17 +228,17 @@ class ZeroOverhead(Limit):
             halved.remove()
 
     def work(self, plan: Plan) -> Hashable:
-        lengths = ((name, s.shape, s.log_size is not None, s.outer) for name, s in plan.items())
+        lengths = ((name, s.shape, s.bias is not None, s.outer) for name, s in plan.items())
         return isinstance(self.of, Merged), *lengths
 
     def release(self) -> None:
         self._ready.clear()
 
 
-def _mode(log_size: Tensor | None, heads: Any) -> AbstractContextManager[Any]:
-    if log_size is None:
+def _mode(bias: KeyBias | None, heads: Any) -> AbstractContextManager[Any]:
+    if bias is None:
         return nullcontext()
-    return proportional_attention(log_size, heads=heads if isinstance(heads, int) else None)
+    return proportional_attention(bias, heads=heads if isinstance(heads, int) else None)
 
 
 def record(method: Method, inputs: Inputs, sigma: float, step: int) -> tuple[Seen, Tensor]:

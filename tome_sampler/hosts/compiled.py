@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tome_sampler.attention import has_own_attention, own_attention
+from tome_sampler.attention import KeyBias, has_own_attention, own_attention
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
 HAS_OPERATORS = hasattr(torch.library, "custom_op")
@@ -173,7 +173,7 @@ class Compiled:
         if opened is None:
             return output
         if part in ("attn1", "block") and opened.sizes is not None:
-            own = own_attention(module, opened.merged, opened.sizes)
+            own = own_attention(module, opened.merged, KeyBias(opened.sizes))
             assert own is not None  # merge has asked
             output = own
         return output if part == "block" else opened.unmerged(output)
@@ -257,8 +257,8 @@ class Compiled:
             return None
         with self.session.timed("merging", x.device):
             merged = pairing.merge(x)
-        sizes = pairing.log_size if self.session.config.proportional else pairing.log_mask
-        return merged, sizes.clone(), pairing.flat_row.clone()
+        bias = pairing.log_size if self.session.config.proportional else pairing.log_mask
+        return merged, bias.values.clone(), pairing.flat_row.clone()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -219,8 +219,8 @@ class ForgePass:
             return attention(q, k, v, heads, mask=None)
         pairing = self._open.pairing
         q, k, v = (rearrange(x, "b m (h d) -> b h m d", h=heads) for x in (q, k, v))
-        log_size = pairing.log_size if self.session.config.proportional else pairing.log_mask
-        return rearrange(counted_attention(q, k, v, log_size), "b h m d -> b m (h d)")
+        bias = pairing.log_size if self.session.config.proportional else pairing.log_mask
+        return rearrange(counted_attention(q, k, v, bias), "b h m d -> b m (h d)")
 
     def _unmerge(self, n: Tensor, extra: dict[str, Any]) -> Tensor:
         if self._open is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tome_sampler.attention import has_own_attention, own_attention, proportional_attention
+from tome_sampler.attention import KeyBias, has_own_attention, own_attention, proportional_attention
 from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.compiled import (
     HAS_OPERATORS,
@@ -59,7 +59,7 @@ class _Open:
     pairing: Pairing
     merged: Tensor
     given: Tensor
-    log_size: Tensor | None = None  # what its keys' logits gain
+    bias: KeyBias | None = None  # what its keys' logits gain
     mode: proportional_attention | None = None
     block: _Open | None = None  # that merged them and will unmerge
     spoiled: bool = False  # something in it has attended to padding
@@ -287,13 +287,13 @@ class _Attachment:
         # padding, which evens out different counts, must never be attended to, proportional or not
         if not proportional and not pairing.padded:
             return opened.merged
-        opened.log_size = pairing.log_size if proportional else pairing.log_mask
+        opened.bias = pairing.log_size if proportional else pairing.log_mask
         # its own attention is of no use: a single token, to be quick about it
         if module in self._unreached and has_own_attention(module):
             return opened.merged[:, :1]
         heads = getattr(module, "heads", None)
         heads = heads if isinstance(heads, int) else None
-        opened.mode = proportional_attention(opened.log_size, heads=heads, tokens=opened.merged)
+        opened.mode = proportional_attention(opened.bias, heads=heads, tokens=opened.merged)
         opened.mode.__enter__()  # type: ignore[no-untyped-call]
         return opened.merged
 
@@ -330,8 +330,8 @@ class _Attachment:
         tokens = output[0] if several else output
         if not isinstance(tokens, Tensor):
             return None
-        if opened.log_size is not None and (opened.mode is None or not opened.mode.used):
-            own = own_attention(module, opened.merged, opened.log_size)
+        if opened.bias is not None and (opened.mode is None or not opened.mode.used):
+            own = own_attention(module, opened.merged, opened.bias)
             if own is not None:
                 self._unreached.add(module)
                 tokens = own
