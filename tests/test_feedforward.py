@@ -61,6 +61,12 @@ def small(name: str) -> tuple[nn.Module, Callable[[], Any], tuple[int, int], int
         model = LdmUNet(32).eval().requires_grad_(False)
         latent, text = noise(2, 4, 48, 48), noise(2, 3, 8)
         return model, lambda: model(latent, torch.tensor([500.0, 500.0]), context=text), (48, 48), 1
+    if name == "pixart":
+        config = {**pipelines.pixart_transformer().config, "attention_head_dim": 64, "num_layers": 4}
+        transformer = type(pipelines.pixart_transformer()).from_config(config | {"cross_attention_dim": 128}).eval()
+        latent, text = noise(2, 4, 64, 64), noise(2, 5, transformer.config.caption_channels)
+        times, given = torch.tensor([500, 500]), {"resolution": None, "aspect_ratio": None}
+        return transformer, lambda: transformer(latent, text, times, given), (64, 64), 1
     motion = pipelines.motion_unet().eval()
     width = motion.config.cross_attention_dim
     clip, words = noise(2, 4, 3, 32, 32), noise(6, 3, width)
@@ -74,6 +80,11 @@ def small(name: str) -> tuple[nn.Module, Callable[[], Any], tuple[int, int], int
         ("ldm", "default"),
         ("ldm", "default:early_modules=block"),
         ("animatediff", "default"),
+        # whole blocks, of which few tokens are merged
+        ("embedded", "quality:modules=block,floor=0"),
+        ("embedded", "default:modules=block,ratio=0.1,threshold=None,early_ratio=None"),
+        ("embedded", "default:early_modules=block,early_ratio=0.1,threshold=None"),
+        ("pixart", "default:modules=block"),
     ],
 )
 def test_the_peak_with_merging_is_never_above_the_peak_without(name: str, preset: str) -> None:
@@ -130,14 +141,18 @@ def test_an_odd_number_of_tokens_loses_none(ldm_unet: LdmUNet) -> None:
     assert seen["first.ff"] == [41, 40]
 
 
-def test_a_layer_that_merges_itself_is_not_halved(ldm_unet: LdmUNet) -> None:
-    for modules in (("attn1", "ff"), ("block",)):
-        seen = watched(ldm_unet)
-        with merging(ldm_unet, CONFIG.with_(modules=modules), branches=("uncond", "cond")):
-            call_ldm(ldm_unet)
-        assert all(len(tokens) == 1 for tokens in seen.values())
-        for layer in feed_forwards(ldm_unet).values():
-            del layer.forward
+@pytest.mark.parametrize(
+    ("modules", "ratio", "tokens"),
+    [(("attn1", "ff"), 0.5, [32]), (("attn1", "ff"), 0.1, [58]), (("block",), 0.5, [32]), (("block",), 0.1, [29, 29])],
+)
+def test_a_layer_that_merges_itself_is_not_halved_and_one_in_a_block_is_where_many_tokens_are_left(
+    ldm_unet: LdmUNet, modules: tuple[str, ...], ratio: float, tokens: list[int]
+) -> None:
+    seen = watched(ldm_unet)
+    config = CONFIG.with_(modules=modules, ratio=ratio, threshold=None, early_ratio=None)
+    with merging(ldm_unet, config, branches=("uncond", "cond")):
+        call_ldm(ldm_unet)
+    assert seen["first.ff"] == tokens
 
 
 def test_with_blocks_merged_early_the_later_part_is_halved(ldm_unet: LdmUNet) -> None:

@@ -17,13 +17,14 @@ class HalvedFeedForward:
     A feed-forward works on each token by itself, so one half of them after the other gives the same tokens, and its
     hidden layer, up to eight times as wide as they are, is half as large at once. That is done where as many numbers
     pass through as in the largest merged layer: with fewer no peak is reached, and the weights would be read twice for
-    nothing. Where feed-forward layers run on merged tokens themselves, nothing is done.
+    nothing. In a block that runs on merged tokens it is done where more than half of them are left: the tokens that it
+    was given lie beside it. Where feed-forward layers merge on their own, nothing is done.
     """
 
     def __init__(self, root: nn.Module, session: MergeSession) -> None:
         self._session = session
         blocks = [m for m in root.modules() if "attn1" in m._modules]
-        if "ff" in session.config.all_modules or session.config.all_modules == {"block"}:
+        if "ff" in session.config.all_modules:
             blocks = []
         self._layers = [
             layer
@@ -34,30 +35,40 @@ class HalvedFeedForward:
         self._hooks = ExitStack()
         self._on = False
         self._least = 0  # how many numbers are halved
+        self._in_block = False  # a block is running on merged tokens
         self._second: tuple[Tensor, int] | None = None  # a half to come, and the dimension that was halved
         self._put_on()  # before a compiler looks
 
     def follow(self) -> None:
         """Be there while the session keeps pairs, and only then: a call has begun, or a layer has been merged."""
         self._least = 0 if self._session.suspended else self._session.largest
-        self._second = None
+        self._second, self._in_block = None, False
         if self._least and not self._on:
             self._put_on()
         elif self._on and not self._least:
             self.remove()
 
+    def enter_block(self) -> None:
+        """A block runs on merged tokens, until :meth:`leave_block`."""
+        self.follow()
+        self._in_block = True
+
+    def leave_block(self) -> None:
+        """It has run."""
+        self._in_block = False
+
     def remove(self) -> None:
         """Take the hooks off."""
         self._hooks.close()
-        self._on, self._least, self._second = False, 0, None
+        self._on, self._least, self._second, self._in_block = False, 0, None, False
 
     def begin_compiled(self) -> None:
         """The compiler looks at a call of the root, in which nothing has been merged yet."""
-        self._least, self._second = 0, None
+        self._least, self._second, self._in_block = 0, None, False
 
-    def merged_compiled(self, x: Tensor) -> None:
-        """A layer that is given x will run on merged tokens in the compiler's graph."""
-        self._least = max(self._least, x.numel())
+    def merged_compiled(self, x: Tensor, block: bool = False) -> None:
+        """A layer, or a block, that is given x will run on merged tokens in the compiler's graph."""
+        self._least, self._in_block = max(self._least, x.numel()), block
 
     def _put_on(self) -> None:
         self._on = True
@@ -68,7 +79,9 @@ class HalvedFeedForward:
 
     def _halve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        if not self._least or not isinstance(x, Tensor) or x.ndim != 3 or x.numel() < self._least:
+        if not self._least or not isinstance(x, Tensor) or x.ndim != 3:
+            return None
+        if 2 * x.numel() <= self._least if self._in_block else x.numel() < self._least:
             return None
         if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
             return None  # somebody else's want to see all tokens

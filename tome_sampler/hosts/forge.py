@@ -176,10 +176,14 @@ class ForgePass:
             self._fail(error)
             return None
         self._open_block = _OpenBlock(pairing, merged, x)
+        if self._feed_forward is not None:
+            self._feed_forward.enter_block()
         return (merged.clone(), *args[1:]), kwargs  # a copy: blocks add to what they are given in place
 
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> Any:
         opened, self._open_block, self._entered = self._open_block, None, None
+        if self._feed_forward is not None:
+            self._feed_forward.leave_block()
         if opened is None or not isinstance(output, Tensor):
             return None
         with self.session.timed("merging", output.device):

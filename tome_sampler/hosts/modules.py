@@ -239,11 +239,14 @@ class _Attachment:
                 if x is None:
                     return self._compiled.skip()
                 merged = self._compiled.merge(number, x, None, module.attn1)  # type: ignore[arg-type]
+                if merged is not None:
+                    self._feed_forward.merged_compiled(x, block=True)
                 return None if merged is None else _with_tokens(merged.clone(), x, args, kwargs)
             opened = None if x is None else self._merge(layer, x, None)
             if x is None or opened is None:
                 return None
             self._open_blocks[module] = opened
+            self._feed_forward.enter_block()
             # a copy: some blocks (ComfyUI's kind) add to what they are given in place
             return _with_tokens(opened.merged.clone(), x, args, kwargs)
 
@@ -298,6 +301,7 @@ class _Attachment:
         return opened.merged
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self._feed_forward.leave_block()
         if is_compiling():
             return self._compiled.close_block(output) if "block" in self.session.modules else None
         if module not in self._open_blocks:
@@ -390,7 +394,7 @@ class _Attachment:
         return self._describe(module, args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self._reached:
+        if not self._reached and not self._resting:
             self._reached = True  # once is enough
             self._compiled.unreached(type(module).__name__)
         if is_compiling():
