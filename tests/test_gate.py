@@ -15,7 +15,7 @@ from tome_sampler import MergeConfig, MergeSession, gate, merging
 from tome_sampler.bench.calibrate import _first, calibrate
 from tome_sampler.bench.methods import KeptSession
 from tome_sampler.cli import main
-from tome_sampler.refresh import Always, Once
+from tome_sampler.refresh import Always, Drift, EverySteps, Once, SigmaRatio
 
 ROW = {"device": "cpu", "backend": "auto", "dtype": "float32", "channels": 320, "kept": 100, "always": 400}
 
@@ -89,7 +89,9 @@ def test_less_merging_needs_longer_sequences(calibration: Path) -> None:
 
 def test_a_session_leaves_short_layers_alone_and_says_so_once(calibration: Path) -> None:
     gate.write_table(calibration, {}, [{**ROW, "kept": 64, "always": 65}])
-    for policy, merged in ((Once(), True), (Always(), False)):
+    policies = {Once(): True, SigmaRatio(4): True, EverySteps(5): True}
+    policies |= {Always(): False, EverySteps(1): False, SigmaRatio(1.01): False, Drift(0.0): False}  # nearly each call
+    for policy, merged in policies.items():
         session = MergeSession(MergeConfig(refresh=policy))
         for _ in range(2):
             assert (one(session, tokens()) is not None) == merged  # 64 tokens

@@ -24,6 +24,9 @@ UNMEASURED = {"cuda": 2048}
 known to gain from, and a quarter of that is a sixteenth of the gain."""
 OTHERS = 1024
 
+CALLS = 3
+"""Model calls that a match must serve for the table's "kept": the default makes six in a run of 20 steps."""
+
 _STANDARD = 1 - (1 - 0.5) ** 2  # of a layer's attention scores, what the ratio saves that the table is made at
 
 
@@ -49,7 +52,7 @@ def least_tokens(channels: int, dtype: torch.dtype, device: str, ratio: float, a
 
     Args:
         channels: width of the layer's tokens. device: a torch device type.
-        always: pairs are made in every call, so that nothing pays for the match but the call itself.
+        always: pairs are made in every call, or nearly, so that nothing pays for the match but the call itself.
     """
     at_half = _at_half(channels, str(dtype).removeprefix("torch."), device, backend_of(device), always)
     # savings go with n * n * (1 - (1 - ratio)^2) and costs with n, so where they meet goes with the inverse

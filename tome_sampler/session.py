@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tome_sampler.config import MergeConfig
-from tome_sampler.gate import least_tokens
+from tome_sampler.gate import CALLS, least_tokens
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
 from tome_sampler.matching import (
     Dst,
@@ -28,7 +28,7 @@ from tome_sampler.matching import (
 )
 from tome_sampler.pairing import Pairing
 from tome_sampler.positions import position_features
-from tome_sampler.refresh import Always, Clock, Moment
+from tome_sampler.refresh import Clock, Moment, calls_served
 from tome_sampler.stats import Stats
 
 log = logging.getLogger("tome_sampler")
@@ -330,7 +330,7 @@ class MergeSession:
             return False
         early = config.ratio if config.early is None else config.early.ratio
         ratio = (config.ratio + early) / 2  # about half of a run is early
-        least = least_tokens(channels, dtype, device, ratio, isinstance(config.refresh, Always))
+        least = least_tokens(channels, dtype, device, ratio, always=calls_served(config.refresh) < CALLS)
         if n < least:
             self.note(f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')")
         return n < least

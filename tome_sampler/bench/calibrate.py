@@ -34,8 +34,6 @@ SIDES = (8, 12, 16, 24, 32, 48, 64)
 """Of square token grids."""
 MARGIN = 0.03
 """What merging must save at least: less is not worth another picture, nor above noise."""
-CALLS = 4
-"""Model calls that a match serves: the default makes five in a run of 20 steps."""
 _TOKENS = 8192  # in one timing: short layers several times, above the clock's resolution
 
 
@@ -77,7 +75,8 @@ def calibrate(
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """A row for each width: from how many tokens merging half of them saves :data:`MARGIN` of the layer's time, if a
-    match serves :data:`CALLS` model calls ("kept") and if there is one in each ("always"). With guidance: two rows.
+    match serves :data:`gate.CALLS` calls of the model ("kept") and if there is one in each ("always"). With guidance:
+    two rows of tokens.
 
     The whole path is timed, hooks included. Where it does not pay at any length, twice the longest one is told.
 
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     path = gate.own_table()
     gate.write_table(path, machine, rows)
     print(f"{machine['device']}, {args.dtype}, attention {rows[0]['backend']}: merging pays from so many tokens on")
-    print("| channels | if a match serves four model calls | if there is one in each |\n|---|---|---|")
+    print(f"| channels | if a match serves {gate.CALLS} model calls | if there is one in each |\n|---|---|---|")
     for row in rows:
         print(f"| {row['channels']} | {row['kept']} | {row['always']} |")
     print(f"kept in {path}; delete the file to go back to the built-in table")
@@ -160,6 +159,6 @@ def _saved(
             detach()
         if number >= 0:  # the first one warms up
             without, made, reused = times
-            shares.append((1 - (made + (CALLS - 1) * reused) / CALLS / without, 1 - made / without))
+            shares.append((1 - (made + (gate.CALLS - 1) * reused) / gate.CALLS / without, 1 - made / without))
     kept, always = (statistics.median(share) for share in zip(*shares, strict=True))
     return kept, always
