@@ -22,7 +22,7 @@ presets = Presets(Path(data_path) / "tome-sampler" / "presets.json")
 def register() -> None:
     """Callbacks; hosts drop them when the UI is reloaded."""
     script_callbacks.on_ui_settings(settings.add_options)
-    script_callbacks.on_before_ui(xyz.add_axes)
+    script_callbacks.on_before_ui(lambda: xyz.add_axes(presets.saved))
     script_callbacks.on_infotext_pasted(ui.fill_pasted)
     script_callbacks.on_cfg_denoiser(before_call)
     script_callbacks.on_cfg_denoised(run_after_call)
@@ -31,7 +31,7 @@ def register() -> None:
     script_callbacks.on_after_component(tab.see_component)
     script_callbacks.on_ui_tabs(lambda: tab.tabs(run, presets))
     script_callbacks.on_app_started(lambda demo, app: api.add_routes(app, run, presets))
-    script_callbacks.on_script_unloaded(run.abort)
+    script_callbacks.on_script_unloaded(run.unloaded)
 
 
 def before_call(params: Any) -> None:
@@ -77,13 +77,13 @@ def controls(elem_id: Any, is_img2img: bool) -> tuple[list[Any], list[Any], list
 def prepare(p: Any, args: Any) -> None:
     """``process``."""
     settings.apply_log_level()
-    run.prepare(p, args, presets.saved(), settings.default_preset())
+    run.prepare(p, args, presets.saved(), settings.default_preset(), settings.least_tokens())
 
 
 def begin_pass(p: Any, latent: Any) -> None:
     """``process_before_every_sampling``."""
     if run.wanted(p):
-        run.begin_pass(p, latent, obstacle(p), settings.least_tokens(), bool(settings.value("keep_maps", True)))
+        run.begin_pass(p, latent, obstacle(p), bool(settings.value("keep_maps", True)))
 
 
 def finish(p: Any, processed: Any) -> None:

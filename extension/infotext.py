@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +10,7 @@ from tome_sampler.config import MergeConfig
 from tome_sampler.refresh import SigmaRatio
 
 from .fields import CUSTOM, FIELDS, OFF, TITLE
+from .record import PassRecord
 from .request import Request, default_args, hires_controls, preset_config, preset_name, read_args
 
 KEY = TITLE
@@ -39,16 +40,13 @@ def written(request: Request, saved: Mapping[str, Mapping[str, Any]] | None = No
     return entries
 
 
-def of_passes(entries: Mapping[str, str], reasons: Mapping[str, str]) -> dict[str, str]:
-    """A request's entries, and which of the passes it reached stood aside: if all did, nothing but why.
-
-    Args:
-        reasons: of each pass by its name; empty for one that is merged.
-    """
-    if reasons and all(reasons.values()):
-        return {KEY: f"{ASIDE}: {'; '.join(dict.fromkeys(reasons.values()))}"}
-    notes = {f"ToMe {name.lower()}": f"{ASIDE}: {reason}" for name, reason in reasons.items() if reason}
-    return {**entries, **notes}
+def of_passes(entries: Mapping[str, str], passes: Sequence[PassRecord]) -> dict[str, str]:
+    """A request's entries, and which of the passes it reached were not merged, or not to their end: if all stood
+    aside, nothing but why."""
+    if passes and all(one.aside for one in passes):
+        return {KEY: f"{ASIDE}: {'; '.join(dict.fromkeys(one.aside for one in passes))}"}
+    notes = {one.title.lower(): f"{ASIDE}: {one.aside}" if one.aside else one.failed for one in passes}
+    return {**entries, **{f"ToMe {name}": note for name, note in notes.items() if note}}
 
 
 def control_values(params: Mapping[str, Any]) -> list[Any]:

@@ -27,12 +27,14 @@ class Map:
 
 @dataclass
 class PassRecord:
-    """One sampling pass. aside: why it was left unmerged; empty: it was not."""
+    """One sampling pass. aside: why it was left unmerged; empty: it was not. failed: what became of one in which
+    merging failed on the way."""
 
     hires: bool
     session: MergeSession
     config: dict[str, Any]
     aside: str = ""
+    failed: str = ""
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     maps: list[Map] = field(default_factory=list)
@@ -46,7 +48,8 @@ class PassRecord:
 
     def look(self, session: MergeSession) -> None:
         """After a model call: keep the maps if new pairs were made. Nothing is read from the device."""
-        self.session = session
+        if session is not self.session:  # a refiner's begins to count anew
+            self.session, self._seen = session, 0
         calls = session.stats.calls
         if len(calls) <= self._seen or len(self.maps) >= MOST_MAPS:
             return
@@ -82,7 +85,7 @@ class PassRecord:
 
 @dataclass
 class RunRecord:
-    """A run of the host, from the click to the picture."""
+    """A run of the host, from the click to the picture. error: the first of ours."""
 
     preset: str = ""
     error: str = ""
@@ -117,15 +120,17 @@ class RunRecord:
     @property
     def summary(self) -> str:
         """One line for the accordion."""
-        if self.error:
+        if self.aside and self.error:
             return f"Merging failed and the picture was made without it: {self.error}"
         if self.aside:
             return f"Stood aside: {self.aside}"
         done = [p for p in self.passes if p.stats is not None]
-        if not done:
+        if not done and not self.error:
             return "No run yet."
-        asides = dict.fromkeys(f"{one.title} stood aside: {one.aside}." for one in done if one.aside)
-        return " ".join([self._merged(done), *asides])
+        lines = [self._merged(done)] if done else []
+        lines += dict.fromkeys(f"{one.title} stood aside: {one.aside}." for one in done if one.aside)
+        lines += dict.fromkeys(f"{one.title}: {one.failed}." for one in self.passes if one.failed)
+        return " ".join([*lines, f"Error: {self.error}"] if self.error else lines)
 
     def _merged(self, done: list[PassRecord]) -> str:
         before = sum(p.stats["tokens_before"] for p in done if p.stats)
@@ -153,6 +158,7 @@ class RunRecord:
                     "seconds": round(p.seconds, 3),
                     "config": p.config,
                     "stood_aside": p.aside or None,
+                    "failed": p.failed or None,
                     "maps": len(p.maps),
                     "statistics": p.stats,
                 }

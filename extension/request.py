@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as part
 from typing import Any
 
 from tome_sampler.config import MergeConfig
@@ -18,13 +19,15 @@ KEYS = ("enabled", "preset", *BY_NAME, "hires")
 @dataclass(frozen=True)
 class Request:
     """config: for the first pass, None: off. hires: for the second pass, None: off. same: hires is the first pass's.
-    preset, hires_preset: the names the configurations started from."""
+    preset, hires_preset: the names the configurations started from. shown: what the page's controls say of the first
+    pass, switched on or not."""
 
     preset: str
     config: MergeConfig | None
     same: bool = True
     hires_preset: str = SAME
     hires: MergeConfig | None = None
+    shown: MergeConfig | None = part(default=None, compare=False)
 
     def of_pass(self, is_hires: bool) -> MergeConfig | None:
         """The configuration of a sampling pass, None: do not merge."""
@@ -35,20 +38,34 @@ class Request:
         """Whether any pass merges."""
         return self.config is not None or (not self.same and self.hires is not None)
 
-    def with_fields(self, values: Mapping[str, Any]) -> Request:
+    def with_fields(self, values: Mapping[str, Any], saved: Mapping[str, Mapping[str, Any]] | None = None) -> Request:
         """With some fields of the first pass, or its preset, replaced: what an axis of a grid does. Fields turn on
-        what was off, unless it is the axis that says Off: that is the grid's plain column.
+        what was off, unless it is the axis that says Off: that is the grid's plain column. Custom is what the page
+        holds. saved: the user's own presets.
 
         Raises:
             ValueError: a name or a value is not known.
         """
-        preset = preset_name(values["preset"]) if "preset" in values else self.preset
-        config = preset_config(preset) if "preset" in values else self.config
+        preset, config, held = self.preset, self.config, self.config or self.shown or MergeConfig()
+        if "preset" in values:
+            preset = preset_name(values["preset"], saved)
+            config = held if preset == CUSTOM else preset_config(preset, saved)
         rest = {name: value for name, value in values.items() if name != "preset"}
         if rest and not ("preset" in values and config is None):
             preset = CUSTOM if config is None else preset
-            config = _with(config or MergeConfig(), rest)
+            config = _with(config or held, rest)
         return replace(self, preset=preset, config=config)
+
+    def of_at_least(self, tokens: int) -> Request:
+        """With layers of fewer tokens left alone, instead of those that "auto" leaves alone; 0: as it is."""
+
+        def gated(config: MergeConfig | None) -> MergeConfig | None:
+            if config is None or not tokens:
+                return config
+            own = config.min_tokens
+            return config.with_(min_tokens=tokens if own == "auto" else max(own, tokens))
+
+        return replace(self, config=gated(self.config), hires=gated(self.hires))
 
 
 DISABLED = Request(OFF, None)
@@ -84,8 +101,10 @@ def read_args(
 ) -> Request:
     """A request from script arguments: one dict, or the page's controls in order (the rest takes defaults).
 
+    Controls that say something else than their preset were set by hand: they count, and the preset is Custom.
+
     Args:
-        saved: the user's own presets. default: the preset of who names none, and what the controls start with.
+        saved: the user's own presets. default: the preset of who names none.
 
     Raises:
         ValueError: a key is unknown, or a value is of the wrong type or out of range; one line that names it.
@@ -102,21 +121,22 @@ def read_args(
     config = preset_config(name, saved)
     if config is not None:
         fields = {f.name: f.read(value) for f, value in zip(FIELDS, controls, strict=True)}
-        # Controls that say something else than the preset were set by hand, unless they were left as they come.
-        if name == CUSTOM or list(controls) != defaults[2 : 2 + len(FIELDS)]:
+        if name == CUSTOM or not _as_they_come(controls):
             chosen = _with(MergeConfig(), fields)
             if any(f.shown(chosen) != f.shown(config) for f in FIELDS):
                 name, config = CUSTOM, chosen
-    if not enabled:
-        config = None
     override, hires_name = _flag("hires", own[0]), preset_name(own[1], saved)
-    if not enabled or not override:
-        return Request(name if enabled else OFF, config)
+    if not enabled:
+        return Request(OFF, None, shown=config)
+    if not override:
+        return Request(name, config, shown=config)
     hires = preset_config(hires_name, saved)
-    if hires is not None and hires_name == CUSTOM:
-        *shown, others = own[2:]
-        hires = _with(config or MergeConfig(), {**dict(zip(HIRES, shown, strict=True)), **_spelt(others)})
-    return Request(name, config, False, hires_name, hires)
+    if hires is not None and (hires_name == CUSTOM or own[2:] != defaults[4 + len(FIELDS) :]):
+        *values, others = own[2:]
+        said = {**dict(zip(HIRES, values, strict=True)), **_spelt(others)}
+        if hires_name == CUSTOM or any(BY_NAME[f].shown(_with(hires, said)) != BY_NAME[f].shown(hires) for f in said):
+            hires_name, hires = CUSTOM, _with(config or MergeConfig(), said)
+    return Request(name, config, False, hires_name, hires, shown=config)
 
 
 def hires_controls(config: MergeConfig, first: MergeConfig | None) -> list[Any]:
@@ -161,6 +181,12 @@ def default_args(preset: str = DEFAULT) -> list[Any]:
     config = preset_config(preset) or MergeConfig()
     hires = [BY_NAME[name].shown(MergeConfig.preset("fast")) for name in HIRES]
     return [False, preset, *(field.shown(config) for field in FIELDS), False, "Fast", *hires, ""]
+
+
+def _as_they_come(controls: Sequence[Any]) -> bool:
+    """Whether nobody has set the first pass's controls. Hosts fill a caller's arguments from the controls as they were
+    built once, with a preset that is the setting's no more, or another one for img2img."""
+    return any(list(controls) == default_args(preset)[2 : 2 + len(FIELDS)] for preset in PRESETS)
 
 
 def schema() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from modules import shared
 
-from .fields import PRESETS, TITLE
+from .fields import BY_NAME, PRESETS, TITLE
 from .request import DEFAULT
 
 SECTION = ("tome_sampler", TITLE)
@@ -53,9 +53,10 @@ def default_preset() -> str:
 
 
 def least_tokens() -> int:
-    """The size gate; 0 if what an override put there is no number."""
+    """The size gate, at most what the control can hold; 0 if what an override put there is no number."""
     found = value("min_tokens", 0)
-    return int(found) if isinstance(found, (int, float)) and not isinstance(found, bool) and found > 0 else 0
+    number = isinstance(found, (int, float)) and not isinstance(found, bool) and found > 0
+    return int(min(found, BY_NAME["min_tokens"].high)) if number else 0
 
 
 def apply_log_level() -> None:

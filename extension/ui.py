@@ -13,7 +13,7 @@ from tome_sampler.config import MergeConfig
 
 from . import infotext
 from .fields import BY_NAME, CUSTOM, FIELDS, HIRES, MAIN, OFF, PRESETS, TITLE, Field
-from .request import default_args, preset_config, preset_name, read_args
+from .request import default_args, hires_controls, preset_config, preset_name, read_args
 
 JS = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
 TO_CUSTOM = {"fn": None, JS: f"() => {CUSTOM!r}", "show_progress": False}
@@ -80,12 +80,13 @@ def accordion(
         config = _shown_config(name, own())
         return [gr.update(**_update(field, config)) for field in FIELDS]
 
-    def write_hires_preset(name: str) -> list[Any]:
+    def write_hires_preset(name: str, *controls: Any) -> list[Any]:
         config = _shown_config(name, own())
-        return [*(gr.update(**_update(BY_NAME[field], config)) for field in HIRES), gr.update(value="")]
+        others = hires_controls(config, _first_pass(controls, own()))[-1]
+        return [*(gr.update(**_update(BY_NAME[field], config)) for field in HIRES), gr.update(value=others)]
 
     preset.input(write_preset, inputs=[preset], outputs=inputs[first:last], **QUIET)
-    hires_preset.input(write_hires_preset, inputs=[hires_preset], outputs=second, **QUIET)
+    hires_preset.input(write_hires_preset, inputs=[hires_preset, *inputs[1:last]], outputs=second, **QUIET)
     for control in controls.values():
         _by_hand(control)(inputs=None, outputs=[preset], **TO_CUSTOM)
     for control in second:
@@ -235,6 +236,14 @@ def _shown_config(name: str, own: Mapping[str, Any]) -> MergeConfig:
         return preset_config(preset_name(name, own), own) or MergeConfig()
     except ValueError:
         return MergeConfig()
+
+
+def _first_pass(controls: Sequence[Any], own: Mapping[str, Any]) -> MergeConfig | None:
+    """What the first pass's preset and controls say; None: off, or nothing that can be read."""
+    try:
+        return read_args([True, *controls], own).config
+    except ValueError:
+        return None
 
 
 def _by_hand(component: Any) -> Any:

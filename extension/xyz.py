@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modules import scripts
@@ -14,16 +14,24 @@ from .run import AXES
 PREFIX = f"[{TITLE}] "
 
 
-def add_axes() -> None:
-    """``on_before_ui``. The grid is executed anew when the UI is reloaded; doubles are left out all the same."""
+def add_axes(own: Callable[[], Mapping[str, Any]]) -> None:
+    """``on_before_ui``. The grid is executed anew when the UI is reloaded; doubles are left out all the same.
+
+    Args:
+        own: the user's presets by name, asked for when a grid is.
+    """
     found = [s.module for s in scripts.scripts_data if s.script_class.__module__ in ("xyz_grid.py", "scripts.xyz_grid")]
     if not found or any(option.label.startswith(PREFIX) for option in found[0].axis_options):
         return
     grid = found[0]
-    presets = [OFF, *PRESETS, CUSTOM]
-    axes = [grid.AxisOption(f"{PREFIX}Preset", str, _apply("preset"), confirm=_confirm_preset, choices=lambda: presets)]
-    axes += [_axis(grid, field) for field in FIELDS]
-    grid.axis_options.extend(axes)
+    preset = grid.AxisOption(
+        f"{PREFIX}Preset",
+        str,
+        _apply("preset"),
+        confirm=_confirm_preset(own),
+        choices=lambda: [OFF, *PRESETS, CUSTOM, *own()],
+    )
+    grid.axis_options.extend([preset, *(_axis(grid, field) for field in FIELDS)])
 
 
 def _axis(grid: Any, field: Field) -> Any:
@@ -56,6 +64,10 @@ def _confirm(field: Field) -> Callable[[Any, Sequence[Any]], None]:
     return confirm
 
 
-def _confirm_preset(p: Any, values: Sequence[Any]) -> None:
-    for value in values:
-        preset_name(value)
+def _confirm_preset(own: Callable[[], Mapping[str, Any]]) -> Callable[[Any, Sequence[Any]], None]:
+    def confirm(p: Any, values: Sequence[Any]) -> None:
+        saved = own()
+        for value in values:
+            preset_name(value, saved)
+
+    return confirm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
@@ -14,10 +15,24 @@ import pytest
 import torch
 from test_feedforward import watched
 from torch import Tensor, nn
-from webui import A1111, Forge, Host, Interrupted, clean_modules
+from webui import (
+    A1111,
+    Forge,
+    ForgeUNet,
+    Host,
+    Interrupted,
+    Processing,
+    UnetPatcher,
+    attention_function,
+    clean_modules,
+)
 
 from tome_sampler.config import MergeConfig
+from tome_sampler.hosts.a1111 import A1111Pass
 from tome_sampler.hosts.forge import ForgePass
+from tome_sampler.matching import global_match
+from tome_sampler.pairing import Pairing
+from tome_sampler.session import MergeSession
 
 ON = {"enabled": True, "preset": "tomesd"}
 FAST = {"enabled": True, "preset": "balanced", "ratio": 0.5, "threshold": None, "early_ratio": None, "min_tokens": 0}
@@ -215,8 +230,49 @@ def test_a1111_refiner_swaps_the_model_inside_sampling(a1111: A1111) -> None:
     assert len(steps) == 4
     assert all(step["layers"] and step["merged_fraction"] == pytest.approx(0.5) for step in steps)
     assert steps[2]["pairings_made"] > 0  # pairs of the first model are not used on
+    assert any(one.sigma == steps[2]["sigma"] for one in a1111.app.run.record.passes[0].maps)
     assert hooks_on(first.model.diffusion_model) == hooks_on(second.model.diffusion_model) == 0
     assert not a1111.errors
+
+
+def test_a1111_what_another_script_generates_between_passes_is_plain(a1111: A1111) -> None:
+    hook, inner = a1111.hook, []
+
+    def own() -> Tensor:
+        """A processing of which none of our hooks is told."""
+        a1111.hook = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        try:
+            return a1111.sample(Processing(a1111, [], seed=7))
+        finally:
+            a1111.hook = hook  # type: ignore[method-assign]
+
+    def before_second(name: str, p: Any, *args: Any, **kwargs: Any) -> None:
+        if name == "process_before_every_sampling" and p.is_hr_pass:
+            inner.append(own())
+        hook(name, p, *args, **kwargs)
+
+    alone = own()
+    expected, _ = a1111.generate([FAST], enable_hr=True)
+    a1111.hook = before_second  # type: ignore[method-assign]
+    found, _ = a1111.generate([FAST], enable_hr=True)
+    assert same(inner[0], alone)
+    assert same(found, expected)
+    assert not a1111.errors
+
+
+def test_a1111_importance_of_several_conds_is_of_their_mean(a1111: A1111, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    monkeypatch.setattr(MergeSession, "observe", lambda self, cond, uncond: seen.append((cond, uncond)))
+    work = A1111Pass(MergeConfig(), lambda error: None)
+    work._detach, work.sessions = (lambda: None), [MergeSession(MergeConfig())]
+    for owners, means in (((0, 0, 0, 1), [7 / 3, 8.0]), ((0, 0, 2, 2), [1.5, 30.0, 6.0]), ((0, 0, 0, 0), [3.75])):
+        work._conds, work._owners, work._branches = 4, owners, ()
+        unconds = [10.0 * (i + 2) for i in range(max(owners) + 1)]
+        rows = torch.tensor([1.0, 2.0, 4.0, 8.0, *unconds]).view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
+        work.cfg_denoised(SimpleNamespace(x=rows))
+        cond, uncond = seen[-1]
+        assert cond[:, 0, 0, 0].tolist() == pytest.approx(means)  # an image without rows of its own has its uncond's
+        assert torch.equal(uncond, rows[4:])
 
 
 def test_a1111_tiles_pass_through_unharmed(a1111: A1111) -> None:
@@ -345,6 +401,56 @@ def test_forge_split_calls_and_guidance_off(forge: Forge) -> None:
     assert not forge.errors
 
 
+def test_forge_a_refiner_is_merged_too_and_left_as_it_was(forge: Forge) -> None:
+    guided, sigmas = forge._guided, []
+    objects, first = forge.shared.sd_model.forge_objects, forge.clean
+    second = UnetPatcher(
+        SimpleNamespace(diffusion_model=ForgeUNet().eval().requires_grad_(False), predictor=first.model.predictor)
+    )
+    refiner = SimpleNamespace(forge_objects=SimpleNamespace(unet=second))
+
+    def swapping(p: Any, denoiser: Any, options: Any, x: Tensor, sigma: float) -> Tensor:
+        """The host swaps before it tells of a step, and reads the model's options after that."""
+        sigmas.append(sigma)
+        if len(sigmas) == 3:
+            forge.clean = second
+            forge.modules.shared.sd_model = forge.shared.sd_model = refiner
+        tell, found = forge.tell, dict(options)
+
+        def telling(name: str, *args: Any) -> None:
+            tell(name, *args)
+            if name == "cfg_denoiser":
+                found.clear()
+                found.update(forge.shared.sd_model.forge_objects.unet.model_options)
+
+        forge.tell = telling  # type: ignore[method-assign]
+        try:
+            return guided(p, denoiser, found, x, sigma)
+        finally:
+            forge.tell = tell  # type: ignore[method-assign]
+
+    forge._guided = swapping  # type: ignore[method-assign]
+    forge.generate([FAST], steps=6)
+    steps = last(forge)["passes"][0]["statistics"]["steps"]
+    assert [step["sigma"] for step in steps] == pytest.approx(sigmas)
+    assert all(step["merged_fraction"] == pytest.approx(0.5) for step in steps)
+    assert steps[2]["pairings_made"] > 0
+    assert objects.unet is first
+    assert refiner.forge_objects.unet is second
+    assert not second.model_options["transformer_options"]
+    assert hooks_on(first.model.diffusion_model) == hooks_on(second.model.diffusion_model) == 0
+    assert not last(forge)["error"]
+    assert not forge.errors
+
+
+def test_forge_similarity_of_the_block_is_of_the_block(forge: Forge) -> None:
+    pictures = [forge.generate([{**FAST, "metric": metric}])[0] for metric in ("attention", "block", "position")]
+    assert not any(same(a, b) for a, b in zip(pictures, pictures[1:] + pictures[:1], strict=True))
+    assert hooks_on(unet_of(forge)) == 0
+    assert not last(forge)["error"]
+    assert not forge.errors
+
+
 def test_forge_merges_attn1_and_blocks_and_says_so_if_more_is_asked_for(forge: Forge) -> None:
     plain, _ = forge.generate([])
     merged, _ = forge.generate([FAST])
@@ -450,8 +556,6 @@ def test_a1111_merges_whole_blocks(a1111: A1111) -> None:
 
 
 def test_forge_leaves_attention_that_others_replace_to_them(forge: Forge) -> None:
-    from webui import UnetPatcher, attention_function
-
     def replace(unet: UnetPatcher) -> None:
         unet.set_model_attn1_replace(lambda q, k, v, extra: attention_function(q, k, v, extra["n_heads"]), "input", 1)
 
@@ -460,6 +564,22 @@ def test_forge_leaves_attention_that_others_replace_to_them(forge: Forge) -> Non
     statistics = last(forge)["passes"][0]["statistics"]
     assert any("another extension replaces the attention of input block 1" in note for note in statistics["notes"])
     assert [len(step["layers"]) for step in statistics["steps"]][-1] == 1
+    assert not forge.errors
+
+
+def test_forge_where_others_replace_all_attention_merging_stands_aside(forge: Forge) -> None:
+    forge.clean = forge.clean.clone()
+    for place in (("input", 1), ("middle", 0), ("output", 0)):
+        forge.clean.set_model_attn1_replace(
+            lambda q, k, v, extra: attention_function(q, k, v, extra["n_heads"]), *place
+        )
+    plain, _ = forge.generate([])
+    for fields in ({}, {"modules": ["block"]}):
+        picture, told = forge.generate([{**FAST, **fields}])
+        assert same(picture, plain)
+        reason = "stood aside: another extension replaces the attention of all blocks"
+        assert told["ToMe Sampler"].startswith(reason)
+    assert hooks_on(unet_of(forge)) == 0
     assert not forge.errors
 
 
@@ -558,29 +678,168 @@ def test_what_another_script_generates_between_pictures_changes_none_of_them(hos
 
 
 def _p(host: Host) -> Any:
-    from webui import Processing
-
     return Processing(host, [FAST])
 
 
-@pytest.mark.parametrize("modules", [["attn1"], ["block"]])
-def test_an_error_of_ours_leaves_the_plain_picture_and_is_said_once(
-    host: Host, modules: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from tome_sampler.session import MergeSession
+FAULT = "a fault put in by the test, in /a/folder"
 
-    plain, _ = host.generate([])
+
+def failing(at: int, whole: Any, kind: type[Exception] = RuntimeError) -> Any:
+    """`whole`, which raises at its call `at` and is counted by `calls`."""
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a fault put in by the test")
+        broken.calls += 1  # type: ignore[attr-defined]
+        if broken.calls > at:  # type: ignore[attr-defined]
+            raise kind(FAULT)
+        return whole(*args, **kwargs)
 
+    broken.calls = 0  # type: ignore[attr-defined]
+    return broken
+
+
+@pytest.mark.parametrize("modules", [["attn1"], ["block"]])
+@pytest.mark.parametrize("place", ["match", "merge"])
+def test_an_error_of_ours_leaves_the_plain_picture_and_is_said_once(
+    host: Host, modules: list[str], place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, _ = host.generate([])
+    host.generate([FAST])  # the device is known to be able
+    whole = MergeSession if place == "match" else Pairing
     with monkeypatch.context() as patch:
-        patch.setattr(MergeSession, "merge", broken)
-        picture, _ = host.generate([{**FAST, "modules": modules}])
+        patch.setattr(whole, "merge", failing(0, whole.merge))
+        picture, told = host.generate([{**FAST, "modules": modules}])
     assert same(plain, picture)
-    assert "a fault put in by the test" in host.app.run.record.summary
+    assert told == {"ToMe Sampler": "stood aside: merging failed (RuntimeError)"}  # whose text is not passed on
+    found = last(host)
+    assert found["summary"] == f"Merging failed and the picture was made without it: RuntimeError: {FAULT}"
+    assert found["passes"][0]["statistics"]["merged_fraction"] == 0
+    assert found["stood_aside"] == "merging failed (RuntimeError)"
     assert sum("sampling goes on without it" in r.getMessage() for r in caplog.records) == 1
     assert hooks_on(unet_of(host)) == 0
+    assert not host.errors
+
+
+@pytest.mark.parametrize("modules", [["attn1"], ["block"]])
+def test_after_an_error_of_ours_on_the_way_the_rest_is_unmerged_and_said_to_be(
+    host: Host, modules: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**FAST, "modules": modules}
+    plain, (merged, expected) = host.generate([])[0], host.generate([asked])
+    with monkeypatch.context() as patch:
+        patch.setattr(Pairing, "merge", failing(3, Pairing.merge))
+        picture, told = host.generate([asked])
+    assert not any(same(picture, other) for other in (plain, merged))
+    said = "merging failed (RuntimeError) on the way, and the rest was made without it"
+    assert told == {**expected, "ToMe first pass": said}
+    found = last(host)
+    shares = [step["merged_fraction"] for step in found["passes"][0]["statistics"]["steps"]]
+    assert shares[0] == pytest.approx(0.5)
+    assert not any(shares[2:])
+    assert found["passes"][0]["failed"] == said
+    assert found["summary"].startswith("Last run (Balanced): ")
+    assert found["summary"].endswith(f" First pass: {said}. Error: RuntimeError: {FAULT}")
+    assert "first pass" not in host.generate([asked])[1]
+    assert not host.errors
+
+
+def test_an_error_before_the_first_step_is_said_and_the_hires_pass_is_merged(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, name = (ForgePass, "patched") if isinstance(host, Forge) else (A1111Pass, "cfg_denoiser")
+    whole, failed = getattr(kind, name), []
+
+    def fails_once(*args: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError(FAULT)
+        return whole(*args)
+
+    plain, _ = host.generate([])
+    monkeypatch.setattr(kind, name, fails_once)
+    picture, told = host.generate([FAST])
+    assert same(picture, plain)  # in all of its steps, as its parameters say
+    assert told == {"ToMe Sampler": "stood aside: merging failed (RuntimeError)"}
+    failed.clear()
+    _, told = host.generate([FAST], enable_hr=True)
+    assert told["ToMe first pass"] == "stood aside: merging failed (RuntimeError)"
+    assert told["ToMe Sampler"] == "Balanced"
+    assert [one["statistics"]["merged_fraction"] for one in last(host)["passes"]] == pytest.approx([0, 0.5])
+    assert last(host)["summary"].endswith(
+        f"First pass stood aside: merging failed (RuntimeError). Error: RuntimeError: {FAULT}"
+    )
+    assert hooks_on(unet_of(host)) == 0
+    assert not host.errors
+
+
+def test_an_error_where_a_model_call_begins_is_none_of_the_hosts(a1111: A1111) -> None:
+    plain, _ = a1111.generate([])
+    before = a1111.callbacks["cfg_denoiser"][:]
+    a1111.callbacks["cfg_denoiser"].insert(0, lambda params: params.sigma.zero_())  # no noise level that there is
+    picture, told = a1111.generate([FAST])
+    a1111.callbacks["cfg_denoiser"][:] = before
+    assert same(picture, plain)
+    assert told == {"ToMe Sampler": "stood aside: merging failed (ValueError)"}
+    assert hooks_on(unet_of(a1111)) == 0
+    assert not a1111.errors
+
+
+def test_statistics_that_cannot_be_read_do_not_make_a_merged_picture_an_unmerged_one(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged, expected = host.generate([FAST])
+    with monkeypatch.context() as patch:
+        patch.setattr(host.app.run.record.passes[0].session.stats.__class__, "to_dict", failing(0, None))
+        picture, told = host.generate([FAST])
+        assert host.app.run.record.summary == f"Error: RuntimeError: {FAULT}"
+    assert same(picture, merged)
+    assert told == expected
+    assert not host.errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "for_good"),
+    [(torch.cuda.OutOfMemoryError, False), (RuntimeError, False), (NotImplementedError, True), (TypeError, True)],
+)
+def test_only_what_a_device_cannot_do_is_remembered_of_it(
+    host: Host, kind: type[Exception], for_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sys.modules["tome_sampler_extension.run"]
+    monkeypatch.setattr(run, "global_match", failing(0, global_match, kind))
+    _, told = host.generate([FAST])
+    assert told["ToMe Sampler"].startswith(
+        "stood aside: this device (cpu) could" if not for_good else "stood aside: this device (cpu) cannot"
+    )
+    monkeypatch.setattr(run, "global_match", failing(1, global_match))
+    for _ in range(2):  # success is remembered too
+        _, told = host.generate([FAST])
+        assert told["ToMe Sampler"].startswith("stood aside") is for_good
+    assert not host.errors
+
+
+def test_reloading_the_page_amid_a_call_ends_merging_and_not_the_picture(host: Host) -> None:
+    plain, merged = host.generate([])[0], host.generate([FAST])[0]
+    layer = next(m.to_q for m in unet_of(host).modules() if hasattr(m, "to_q"))
+    reloads = []
+
+    def reload(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """In a thread of its own, as the hosts do."""
+        if not reloads and args[0].shape[1] == 512:
+            reloads.append(threading.Thread(target=lambda: [call() for call in host.callbacks["script_unloaded"]]))
+            reloads[0].start()
+            reloads[0].join()
+
+    with layer.register_forward_pre_hook(reload):
+        picture, told = host.generate([FAST])
+    assert reloads
+    said = "merging ended (the UI was reloaded) on the way, and the rest was made without it"
+    assert told["ToMe first pass"] == said
+    assert f"First pass: {said}." in last(host)["summary"]
+    assert bool(torch.isfinite(picture).all())
+    assert not any(same(picture, other) for other in (plain, merged))
+    assert torch._C._len_torch_function_stack() == 0
+    assert hooks_on(unet_of(host)) == 0
+    assert not host.app.run.at_work
+    assert same(merged, host.generate([FAST])[0])
     assert not host.errors
 
 
@@ -667,6 +926,32 @@ def test_grid_cells(host: Host) -> None:
     assert not host.errors
 
 
+def test_a_grids_custom_and_its_fields_start_from_what_the_page_holds(host: Host) -> None:
+    config = MergeConfig(ratio=0.3, threshold=None, early_ratio=None, min_tokens=0)
+    page = ["Custom", *(field.shown(config) for field in host.app.ui.FIELDS)]
+    held, _ = host.generate([True, *page])
+    for enabled in (True, False):
+        custom, fast = host.cells([enabled, *page], "[ToMe Sampler] Preset", ["Custom", "Fast"])
+        assert same(custom, held)
+        assert not same(fast, held)
+        assert same(host.cells([enabled, *page], "[ToMe Sampler] Merge ratio", [0.3])[0], held)
+    assert not host.errors
+
+
+def test_a_grid_has_the_users_own_presets(host: Host) -> None:
+    option = next(o for o in host.grid.axis_options if o.label == "[ToMe Sampler] Preset")
+    assert "mine" not in option.choices()
+    with pytest.raises(ValueError, match="preset is 'mine'; it must be one of Off"):
+        option.confirm(None, ["Fast", "mine"])
+    host.app.presets.save(
+        "mine", MergeConfig.from_dict({k: v for k, v in FAST.items() if k not in ("enabled", "preset")})
+    )
+    assert option.choices()[-2:] == ["Custom", "mine"]
+    assert same(host.cells([False], "[ToMe Sampler] Preset", ["mine"])[0], host.generate([FAST])[0])
+    assert last(host)["preset"] == "Balanced"
+    assert not host.errors
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -711,6 +996,42 @@ def test_settings_reach_the_run(host: Host) -> None:
     assert last(host)["preset"] == "Fast"
     host.generate([True, "Quality"])
     assert last(host)["passes"][0]["config"]["early_ratio"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["Fast", "ToMe-SD"])
+def test_a_callers_preset_holds_where_the_setting_is_newer_than_the_page(host: Host, name: str) -> None:
+    host.generate([True, name])
+    before = last(host)["passes"][0]["config"]
+    host.shared.opts.data["tome_sampler_preset"] = "Quality"  # without Reload UI, or by override_settings
+    host.generate([True, name])
+    assert last(host)["preset"] == name
+    assert last(host)["passes"][0]["config"] == before
+    host.generate([True, None])
+    assert last(host)["preset"] == "Quality"
+
+
+def test_the_setting_that_leaves_short_layers_alone_is_in_the_infotext(host: Host) -> None:
+    asked = {"preset": "tomesd", "levels": 2, "min_tokens": 100, "hires": {"preset": "fast", "min_tokens": "auto"}}
+    plain, _ = host.generate([], enable_hr=True)
+    without, _ = host.generate([asked], enable_hr=True)
+    host.shared.opts.data["tome_sampler_min_tokens"] = 512  # between the two levels of the first pass
+    with_it, told = host.generate([asked], enable_hr=True)
+    assert not any(same(with_it, other) for other in (plain, without))
+    assert told["ToMe min tokens"] == told["ToMe hires min tokens"] == "512"
+    host.shared.opts.data["tome_sampler_min_tokens"] = 0
+    again, retold = host.generate(host.app.infotext.control_values(told), enable_hr=True)
+    assert same(again, with_it)
+    assert retold["ToMe min tokens"] == "512"
+    for found, least in ((256, 1024), (2000, 2000), ("auto", 1024)):
+        host.shared.opts.data["tome_sampler_min_tokens"] = 1024
+        host.generate([{**FAST, "min_tokens": found}])
+        assert last(host)["passes"][0]["config"]["min_tokens"] == least
+    for found, least in ((float("inf"), 65536), (10**9, 65536), (-1, 0), ("a lot", 0), (None, 0), (True, 0)):
+        host.shared.opts.data["tome_sampler_min_tokens"] = found
+        _, told = host.generate([FAST])
+        assert last(host)["passes"][0]["config"]["min_tokens"] == least
+        assert told["ToMe min tokens"] == str(least)
+    assert not host.errors
 
 
 def test_reload_leaves_nothing_behind(host: Host) -> None:
@@ -974,6 +1295,31 @@ def test_controls_explain_themselves(host: Host) -> None:
         assert [field.function(old) for field in host.fields][0:2] == [True, "Custom"]
         host.tell("infotext_pasted", "", old)
         assert (old["ToMe ratio"], old["ToMe early ratio"], old["ToMe seed"]) == (0.9, "off", 5)
+
+
+def test_a_hires_preset_keeps_all_it_sets_when_one_of_its_sliders_moves(host: Host) -> None:
+    names, asked = host.app.ui.element_names(), [c.value for c in host.components]
+    at = names.index("hires_preset")
+    (write,) = [event for name, event in host.components[at].events if name == "input"]
+    by_id = {c.elem_id: c.elem_id for c in host.components}
+    assert len(by_id) == len(names)
+    places = [next(i for i, c in enumerate(host.components) if c is one) for one in write["inputs"]]
+    asked[0] = asked[names.index("hires-checkbox")] = True
+    asked[names.index("preset")], asked[names.index("seed")] = "Custom", 5
+    read = sys.modules["tome_sampler_extension.request"].read_args
+    host.app.presets.save("mine", MergeConfig(ratio=0.3, metric="position", seed=7))
+    for name, config in (
+        ("ToMe-SD", MergeConfig.preset("tomesd")),
+        ("mine", MergeConfig(ratio=0.3, metric="position", seed=7)),
+    ):
+        asked[at] = name
+        asked[at + 1 :] = [update["value"] for update in write["fn"](*(asked[place] for place in places))]
+        found = read(asked, host.app.presets.saved())
+        assert (found.hires_preset, found.hires) == (name, config)
+        asked[at], asked[at + 1] = "Custom", 0.45  # as the page does
+        assert read(asked).hires == config.with_(ratio=0.45)
+    asked[at], asked[names.index("ratio")] = "ToMe-SD", "what cannot be read"
+    assert write["fn"](*(asked[place] for place in places))[0]["value"] == 0.5
 
 
 def test_what_a_preset_sets_is_not_kept_by_the_host(host: Host) -> None:

@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from tome_sampler import MergeConfig, Pairing, apply_patch, merging, remove_patch
 from tome_sampler.bench.methods import KeptSession
 from tome_sampler.hosts import modules as hosts
+from tome_sampler.session import MergeSession, ModelCall
 
 CONFIG = MergeConfig(min_tokens=0)
 PRESETS = ("default", "fast", "tomesd", "ca_tome", "importance")
@@ -120,6 +121,41 @@ def test_an_exception_or_interrupt_leaves_no_trace(
     if own is not None:
         own.remove()
     assert torch.equal(call(model), plain)
+
+
+@pytest.mark.parametrize("name", ["begin", "end", "merge"])
+def test_an_error_of_ours_in_a_host_adapters_model_is_told_and_the_model_runs_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, errors = LdmUNet().eval().requires_grad_(False), []
+    plain = call_ldm(model, size=16)
+    session = MergeSession(MergeConfig(ratio=0.5, threshold=None, early_ratio=None, min_tokens=0))
+
+    def failed(error: Exception) -> None:
+        session.suspended = True
+        errors.append(error)
+
+    def describe(*args: Any) -> ModelCall:
+        return ModelCall(1.0, (16, 16), ("cond", "uncond"), (0, 0))
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("a fault put in by the test")
+
+    detach = hosts.attach(model, session, describe, failed)
+    merged = call_ldm(model, size=16)
+    assert not torch.equal(merged, plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, name, broken)
+        assert torch.equal(call_ldm(model, size=16), merged if name == "end" else plain)
+    assert {str(error) for error in errors} == {"a fault put in by the test"}
+    assert torch.equal(call_ldm(model, size=16), plain)
+    detach()
+    assert not _get_current_function_mode_stack()
+    with merging(model, MergeConfig(min_tokens=0)) as own, monkeypatch.context() as patch:  # the caller's own
+        patch.setattr(own, name, broken)
+        with pytest.raises(RuntimeError, match="a fault"):
+            call_ldm(model, size=16)
+    assert torch.equal(call_ldm(model, size=16), plain)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -133,6 +133,59 @@ def test_hires_overrides() -> None:
     assert request.read_dict({"hires": "off"}).of_pass(True) is None
 
 
+def test_controls_as_a_host_fills_them_in_leave_a_callers_preset_alone() -> None:
+    for built_with in table.PRESETS:
+        for default in ("Balanced", "Quality"):
+            args = [True, "Fast", *request.default_args(built_with)[2:]]
+            found = request.read_args(args, default=default)
+            assert (found.preset, found.config) == ("Fast", MergeConfig.preset("fast"))
+            args[1] = "Custom"
+            assert request.read_args(args).config == MergeConfig.preset(table.PRESETS[built_with])
+
+
+def test_hires_values_that_say_something_else_than_their_preset_count() -> None:
+    defaults = request.default_args()
+    at = 2 + len(table.FIELDS)
+
+    def read(first: dict[str, Any], name: str, *values: Any) -> Any:
+        controls = [field.shown(MergeConfig(**first)) for field in table.FIELDS]
+        return request.read_args([True, "Custom", *controls, True, name, *values])
+
+    for name, library in table.PRESETS.items():  # left as they come, or as the page fills them in
+        config = MergeConfig.preset(library)
+        for values in ([], defaults[at + 2 :], request.hires_controls(config, MergeConfig())):
+            for first in ({}, {"seed": 5}, {"destinations": "pool"}, {"search": "local"}):
+                found = read(first, name, *values)
+                assert (found.hires_preset, found.hires) == (name, config), (name, values, first)
+    moved = read({"seed": 5}, "Fast", 0.25)
+    assert moved.hires_preset == "Custom"
+    assert moved.hires == read({"seed": 5}, "Custom", 0.25).hires
+    assert (moved.hires.ratio, moved.hires.seed, moved.hires.early_ratio) == (0.25, 5, 0.9)
+    worded = read({}, "Fast", *defaults[at + 2 : -1], "levels=2, seed=3")
+    assert (worded.hires_preset, worded.hires.seed, worded.hires.levels) == ("Custom", 3, 2)
+    assert read({}, "Off", 0.25).hires is None
+    with pytest.raises(ValueError, match=r"^ratio is 0\.9; it must be a number from 0 to 0\.75"):
+        read({}, "Fast", 0.9)
+
+
+@given(config=configs, hires=st.none() | configs, least=st.integers(0, 65536))
+@settings(max_examples=100)
+def test_a_request_that_leaves_short_layers_alone_round_trips(
+    config: MergeConfig, hires: MergeConfig | None, least: int
+) -> None:
+    meant = request.Request("Balanced", config, hires is None, "Quality", hires).of_at_least(least)
+    for found, asked in ((meant.config, config), (meant.hires, hires)):
+        if asked is None:
+            assert found is None
+        elif not least:
+            assert found == asked
+        else:
+            own = 0 if asked.min_tokens == "auto" else asked.min_tokens
+            assert found == asked.with_(min_tokens=max(own, least))
+    read = pasted(infotext.written(meant))
+    assert (read.config, read.hires) == (meant.config, meant.hires)
+
+
 @given(
     config=configs,
     hires=st.none() | configs,
@@ -412,3 +465,14 @@ def test_a_grids_axes_replace_fields() -> None:
     assert (turned_on.preset, turned_on.config) == ("Custom", MergeConfig(ratio=0.3))
     assert pasted(infotext.written(turned_on)).config == turned_on.config
     assert off.with_fields({"preset": "Fast", "ratio": 0.3}).preset == "Fast"
+    page = [False, "Custom", *(field.shown(MergeConfig(levels=2)) for field in table.FIELDS)]
+    for one in (request.read_args(page), request.read_args([True, *page[1:]])):
+        assert one.with_fields({"preset": "custom"}).config == MergeConfig(levels=2)
+        assert one.with_fields({"ratio": 0.3}).config == MergeConfig(levels=2, ratio=0.3)
+        assert one.with_fields({"preset": "Custom", "ratio": 0.3}).config == MergeConfig(levels=2, ratio=0.3)
+        assert one.with_fields({"preset": "Fast"}).config == MergeConfig.preset("fast")
+    saved = {"mine": MergeConfig(ratio=0.1).to_dict()}
+    own = off.with_fields({"preset": "Mine", "levels": 2}, saved)
+    assert (own.preset, own.config) == ("mine", MergeConfig(ratio=0.1, levels=2))
+    with pytest.raises(ValueError, match="preset is 'mine'; it must be one of Off"):
+        off.with_fields({"preset": "mine"})

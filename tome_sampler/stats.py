@@ -82,6 +82,15 @@ class Stats:
         stats.pairings_made += made is True
         stats.pairings_reused += made is False
 
+    def take_back(self, layer: str, before: int, after: int) -> None:
+        """A layer that was counted has run on all its tokens, because of an error before it began."""
+        self._layer(layer).tokens_after += before - after
+
+    @property
+    def merged(self) -> bool:
+        """Whether any layer has run on merged tokens."""
+        return any(layer.tokens_after < layer.tokens_before for call in self.calls for layer in call.layers.values())
+
     def measure(self, layer: str, similarity: Tensor, importance: Tensor) -> None:
         """New pairs were made: the mean similarity of the merged tokens, and their share of importance (or NaN)."""
         stats = self._layer(layer)

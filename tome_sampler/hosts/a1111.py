@@ -57,7 +57,7 @@ class A1111Pass:
         Raises:
             ValueError: the U-Net has no attention to merge.
         """
-        self._forget_call()
+        self.forget_call()
         inner = params.denoiser.inner_model
         sigmas = getattr(inner, "sigmas", None)
         table = sigmas if isinstance(sigmas, Tensor) else None
@@ -85,9 +85,7 @@ class A1111Pass:
         uncond = params.x[-(max(self._owners) + 1) :]
         cond = params.x[: self._conds]
         if self._conds != uncond.shape[0]:  # several conds an image: their mean
-            index = torch.tensor(self._owners, device=cond.device)
-            count = torch.bincount(index).clamp(min=1).to(cond.dtype)
-            cond = torch.zeros_like(uncond).index_add_(0, index, cond) / count.view(-1, 1, 1, 1)
+            cond = _mean_of_images(cond, uncond, self._owners)
         self.session.observe(cond, uncond)
 
     def close(self) -> None:
@@ -96,7 +94,7 @@ class A1111Pass:
             self._detach()
         self._detach = self._unet = None
         self._attention, self._cross = [], []
-        self._forget_call()
+        self.forget_call()
 
     def _take(self, unet: nn.Module, table: Tensor | None) -> None:
         self.close()
@@ -132,7 +130,8 @@ class A1111Pass:
         self.sessions[-1].note(foreign or OTHER_CALL)
         return ModelCall(None, self._size, (), ())
 
-    def _forget_call(self) -> None:
+    def forget_call(self) -> None:
+        """What guidance told of is over: calls of the U-Net pass through."""
         self._sigma, self._size = None, None
         self._branches, self._images, self._owners = (), (), ()
         self._conds = self._next = 0
@@ -160,6 +159,16 @@ def _foreign(unet: nn.Module, attention: list[tuple[nn.Module, list[nn.Module]]]
 def _replaced(module: nn.Module, method: str) -> bool:
     own = vars(module).get(method)
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method, None)
+
+
+def _mean_of_images(cond: Tensor, uncond: Tensor, owners: tuple[int, ...]) -> Tensor:
+    """The mean of each image's cond rows; an image that has none gets its uncond row, which says nothing. On CUDA
+    `mean` adds in a fixed order, which `index_add_` does not, and counting rows there would wait for the device."""
+    rows: list[list[Tensor]] = [[] for _ in uncond]
+    for row, owner in zip(cond, owners, strict=True):
+        rows[owner].append(row)
+    means = [torch.stack(own).mean(0) if own else alone for own, alone in zip(rows, uncond, strict=True)]
+    return torch.stack(means)
 
 
 def _owners(x: Tensor, conds: int, images: int) -> tuple[int, ...] | None:

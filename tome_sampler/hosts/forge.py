@@ -1,8 +1,8 @@
 """Forge and its relatives: patches on a clone of the model patcher, for one sampling pass.
 
 Patches are closures over the pass: a patcher that is cloned again deep-copies bound methods and callable objects, but
-leaves functions alone. None is undone: the host drops the clone at the next pass. What the model itself has, and
-:meth:`ForgePass.close` takes away, are the hooks of whole blocks, for which there is no patch, and the feed-forward's.
+leaves functions alone. None is undone: :meth:`ForgePass.close` puts the patcher back that the clone was made from, and
+takes away what the model itself has: the hooks of blocks, for which there is no patch, and the feed-forward's.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _OpenAttention:
 
 
 class ForgePass:
-    """Merging in one sampling pass.
+    """Merging in one sampling pass. `session` is the current one, `sessions` all: a refiner gets one of its own.
 
     Args:
         config: how to merge; of the modules only "attn1" and "block" can be.
@@ -62,20 +62,52 @@ class ForgePass:
     """
 
     def __init__(self, config: MergeConfig, latent: Tensor, failed: Callable[[Exception], None]) -> None:
-        self.session = MergeSession(config, restarts=True, timed=True)
-        self.sessions = [self.session]
+        self.config = config
+        self.sessions: list[MergeSession] = []
+        self._model: Any = None  # that is patched
         self._images, self._size = latent.shape[0], (latent.shape[-2], latent.shape[-1])
         self._failed = failed
-        self._place: tuple[int, ...] = ()
         self._open: _OpenAttention | None = None
         self._open_block: _OpenBlock | None = None
+        self._block_input: Tensor | None = None  # where similarity is taken of it
         self._entered: tuple[str, int] | None = None  # the block that is running, if its hooks have told of it
-        self._own: list[Callable[..., Any]] = []  # our patches
         self._hooks = ExitStack()
         self._reached = False
         self._feed_forward: HalvedFeedForward | None = None
+        self._begin_session()
+
+    def _begin_session(self) -> None:
+        self.session = MergeSession(self.config, restarts=True, timed=True)
+        self.sessions.append(self.session)
+        self._place: tuple[int, ...] = ()
+        self._own: list[Callable[..., Any]] = []  # our patches
         self._started = self._uncond = False  # whether a call has been made in this step, and one of uncond rows
         self._foreign: set[tuple[str, int]] = set()  # blocks whose attention another extension replaces
+
+    def take(self, objects: Any) -> None:
+        """Put a clone that merges in the place of `objects.unet`, the host's ``forge_objects``, until closed. Errors
+        are those of :meth:`patched`; then all is as it was."""
+        before = objects.unet
+        try:
+            ours = self.patched(before)
+        except BaseException:
+            self.close()
+            raise
+
+        def put_back() -> None:
+            if objects.unet is ours:  # the host, or another extension's clone, may have taken its place
+                objects.unet = before
+
+        objects.unet = ours
+        self._hooks.callback(put_back)
+
+    def follow(self, objects: Any) -> None:
+        """Guidance is about to read the host's ``forge_objects``: a refiner's, if one has taken over, are patched then.
+        Errors are as of :meth:`take`."""
+        if objects.unet.model is not self._model:
+            self.close()
+            self._begin_session()
+            self.take(objects)
 
     def patched(self, unet: Any) -> Any:
         """A clone of the host's ``UnetPatcher`` that merges; `unet` itself is left as it was.
@@ -83,6 +115,7 @@ class ForgePass:
         Raises:
             ValueError: the model has no attention to merge, or none of what should be merged can be here.
         """
+        self._model = unet.model
         modules = self.session.config.modules
         if _MERGEABLE.isdisjoint(modules):
             raise ValueError(f"modules is {'+'.join(modules)}, and this host lets only attn1 and block be merged")
@@ -101,6 +134,9 @@ class ForgePass:
         unet = unet.clone()
         replaced = unet.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
         self._foreign |= {(key[0], key[1]) for key in replaced}
+        blocks = _blocks(model)
+        if blocks and self._foreign.issuperset(blocks):
+            raise ValueError("another extension replaces the attention of all blocks")
         if hasattr(unet, "add_block_inner_modifier"):
             unet.add_block_inner_modifier(_grid_of_layer)
         unet.set_model_attn1_patch(self._ours(lambda n, context, value, extra: self._merge(n, context, value, extra)))
@@ -109,12 +145,12 @@ class ForgePass:
         attention = _host_attention()
         if attention is not None:
             attend = self._ours(lambda q, k, v, extra: self._attend(q, k, v, extra, attention))
-            for key in _blocks(model):
+            for key in blocks:
                 if key not in self._foreign:
                     unet.set_model_attn1_replace(attend, key[0], key[1])
         else:
             self.session.note("this host's attention was not found: merged keys count once each")
-        if "block" in self.session.config.all_modules:
+        if "block" in self.session.config.all_modules or self.session.config.metric == "block":
             for block in (module for module in model.modules() if "attn1" in module._modules):
                 self._hooks.enter_context(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
                 self._hooks.enter_context(block.register_forward_hook(self._after_block, always_call=True))
@@ -122,9 +158,9 @@ class ForgePass:
         return unet
 
     def close(self) -> None:
-        """Stop merging and let go of all tensors; statistics stay."""
+        """Stop merging, take everything off the model and let go of all tensors; statistics stay."""
         self.session.suspended = True
-        self._open, self._open_block = None, None
+        self._open, self._open_block, self._block_input = None, None, None
         self._hooks.close()
         if self._feed_forward is not None:
             self._feed_forward.remove()
@@ -156,10 +192,13 @@ class ForgePass:
         return any(patch not in self._own for patch in inside)
 
     def _before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._open_block = self._entered = None
+        self._open_block = self._entered = self._block_input = None
         options, x = kwargs.get("transformer_options", args[2] if len(args) > 2 else {}), args[0] if args else None
         if self.session.suspended or "block" not in options or not isinstance(x, Tensor):
             return None
+        if self.session.config.metric == "block":
+            self._block_input = x
+        layer, pairing = None, None
         try:
             self._entered = self._enter(options)
             if self._entered is None or "block" not in self.session.modules:
@@ -167,13 +206,14 @@ class ForgePass:
             if self._shares(options):
                 self.session.note("other extensions see the tokens of blocks: only self-attention is merged there")
                 return None
-            pairing = self.session.merge(Layer(*self._entered), x, grid=_grid(options))
+            layer = Layer(*self._entered)
+            pairing = self.session.merge(layer, x, grid=_grid(options))
             if pairing is None:
                 return None
             with self.session.timed("merging", x.device):
                 merged = pairing.merge(x)
         except Exception as error:
-            self._fail(error)
+            self._fail(error, layer, x, pairing)
             return None
         self._open_block = _OpenBlock(pairing, merged, x)
         if self._feed_forward is not None:
@@ -181,7 +221,7 @@ class ForgePass:
         return (merged.clone(), *args[1:]), kwargs  # a copy: blocks add to what they are given in place
 
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> Any:
-        opened, self._open_block, self._entered = self._open_block, None, None
+        opened, self._open_block, self._entered, self._block_input = self._open_block, None, None, None
         if self._feed_forward is not None:
             self._feed_forward.leave_block()
         if opened is None or not isinstance(output, Tensor):
@@ -196,6 +236,7 @@ class ForgePass:
         if around is not None:
             self._open = _OpenAttention(around.pairing, counts or around.pairing.padded, in_block=True)
             return n, context, value
+        layer, pairing = None, None
         try:
             entered = self._entered or self._enter(extra)
             if entered is None or _MERGEABLE.isdisjoint(self.session.modules):
@@ -203,7 +244,8 @@ class ForgePass:
             if context is not n or value is not n:
                 self.session.note("another extension changes attention's q, k or v (LLLite does): passed through")
                 return n, context, value
-            pairing = self.session.merge(Layer(f"{entered[0]}.attn1", entered[1]), n, grid=_grid(extra))
+            layer = Layer(f"{entered[0]}.attn1", entered[1])
+            pairing = self.session.merge(layer, n, self._block_input, _grid(extra))
             if pairing is None:
                 return n, context, value
             with self.session.timed("merging", n.device):
@@ -211,7 +253,7 @@ class ForgePass:
             if self._feed_forward is not None:
                 self._feed_forward.follow()
         except Exception as error:
-            self._fail(error)
+            self._fail(error, layer, n, pairing)
             return n, context, value
         self._open = _OpenAttention(pairing, counts or pairing.padded)
         return merged, merged, merged
@@ -269,7 +311,13 @@ class ForgePass:
         if self._feed_forward is not None:
             self._feed_forward.follow()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(
+        self, error: Exception, layer: Layer | None = None, x: Tensor | None = None, pairing: Pairing | None = None
+    ) -> None:
+        """The rest of the pass runs on all tokens, and so does the layer whose x was to be merged, if it is named."""
+        if layer is not None and x is not None and pairing is not None:
+            n, m = x.shape[1], pairing.size.shape[1]
+            self.session.stats.take_back(layer.name, len(x) * n, len(x) * m)
         self.session.suspended = True
         self._failed(error)
 

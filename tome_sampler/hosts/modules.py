@@ -271,6 +271,7 @@ class _Attachment:
         return before
 
     def _merge(self, layer: Layer, x: Tensor, metric: Tensor | None) -> _Open | None:
+        pairing = None
         try:
             pairing = self.session.merge(layer, x, metric)
             if pairing is None:
@@ -279,10 +280,17 @@ class _Attachment:
                 x = x.contiguous()  # once: a picture that is seen as tokens is read slowly
                 return _Open(pairing, pairing.merge(x), x)
         except Exception as error:
-            if self._failed is None:
-                raise
-            self._failed(error)
+            if pairing is not None:
+                n, m = x.shape[1], pairing.size.shape[1]
+                self.session.stats.take_back(layer.name, len(x) * n, len(x) * m)
+            self._report(error)
             return None
+
+    def _report(self, error: Exception) -> None:
+        """An error of ours, which must not be a host's; without one it is the caller's."""
+        if self._failed is None:
+            raise error
+        self._failed(error)
 
     def _attend(self, module: nn.Module, opened: _Open) -> Tensor:
         """Make an attention layer that is about to run count its keys; returns what it is given."""
@@ -373,6 +381,13 @@ class _Attachment:
             if not isinstance(x, Tensor) or x.ndim not in (4, 5):
                 return None
             return _with_tokens(self._compiled.begin(x, time), x, args, kwargs)
+        try:
+            self._begin_call(module, args, kwargs)
+        except Exception as error:
+            self._report(error)
+        return None
+
+    def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._abandon()
         self._compiled.root_runs_uncompiled()
         # a compiled call tells of itself, and nobody ends it
@@ -384,7 +399,6 @@ class _Attachment:
                 self._call.__enter__()
         self._wake()
         self._feed_forward.follow()
-        return None
 
     def _of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:
         """What a call is; one that a CUDA graph will replay passes through, as a replay asks nobody."""
@@ -399,6 +413,13 @@ class _Attachment:
             self._compiled.unreached(type(module).__name__)
         if is_compiling():
             return None if self._observe is None else self._compiled.observe(output)
+        try:
+            self._end_call(module, output)
+        except Exception as error:
+            self._report(error)
+        return None
+
+    def _end_call(self, module: nn.Module, output: Any) -> None:
         if self._idle:
             self._rest()
         if self._call is not None:
@@ -406,7 +427,6 @@ class _Attachment:
             call.__exit__(None, None, None)
             if self._observe is not None:
                 self._observe(module, output)
-        return None
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
