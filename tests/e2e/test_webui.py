@@ -288,6 +288,9 @@ def test_a_refiner() -> None:
     before = generate(**settings)[0]
     merged, _ = generate([ON], **settings)
     assert not last()["error"]
+    steps = last()["passes"][0]["statistics"]["steps"]
+    assert len(steps) >= 4
+    assert all(step["merged_fraction"] > 0 for step in steps)  # the refiner's too
     assert merged != before
     assert generate([ON], **settings)[0] == merged
     assert generate(**settings)[0] == before
