@@ -307,9 +307,9 @@ def _unable(device: torch.device) -> str | None:
         pairing = Pairing.from_target(target, 4)
         assert torch.isfinite(pairing.unmerge(pairing.merge(x))).all()
         _ABLE[device.type] = None
-    except (NotImplementedError, TypeError) as error:  # an operator or a type that it lacks
-        _ABLE[device.type] = f"this device ({device}) cannot do it: {type(error).__name__}: {error}"
     except Exception as error:
         log.info("token merging was tried on %s", device, exc_info=error)
-        return f"this device ({device}) could not do it now: {type(error).__name__}"
+        if not isinstance(error, (NotImplementedError, TypeError)):  # an operator or a type that the device lacks
+            return f"this device ({device}) could not do it now: {type(error).__name__}"
+        _ABLE[device.type] = f"this device ({device}) cannot do it: {type(error).__name__}"
     return _ABLE[device.type]
