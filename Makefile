@@ -1,6 +1,7 @@
 # `make demo` and `make test` work from a fresh clone: each installs what it needs into $(VENV) first.
 VENV ?= .venv
 PYTHON ?= python3
+TORCH ?= 2.13.0
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo eval test test-webui check format clean
@@ -39,7 +40,7 @@ $(INSTALLED): pyproject.toml
 	@echo "== making $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	@echo "== installing torch"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	@echo "== installing tome-sampler and its development tools"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' diffusers==0.42.1
 	@echo "== installing k-diffusion and the peers that the tests compare with"

@@ -233,6 +233,12 @@ def test_an_eager_call_after_compiled_ones_is_told_of_by_itself() -> None:
     assert not session.stats.notes
 
 
+def test_the_mark_is_in_a_list_as_torch_before_2_13_takes_no_lone_one() -> None:
+    """With a lone one nothing could be imported there."""
+    if compiled_hooks.HAS_OPERATORS:
+        assert isinstance(compiled_hooks._outside.get("tags", ()), tuple)
+
+
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch knows no such mark")
 def test_the_compiler_leaves_merging_and_nothing_else_out_of_its_cuda_graphs() -> None:
     unsafe = torch.Tag.cudagraph_unsafe
