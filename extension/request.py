@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from dataclasses import field as part
 from typing import Any
 
 from tome_sampler.config import MergeConfig
@@ -27,7 +27,7 @@ class Request:
     same: bool = True
     hires_preset: str = SAME
     hires: MergeConfig | None = None
-    shown: MergeConfig | None = part(default=None, compare=False)
+    shown: MergeConfig | None = dataclasses.field(default=None, compare=False)
 
     def of_pass(self, is_hires: bool) -> MergeConfig | None:
         """The configuration of a sampling pass, None: do not merge."""

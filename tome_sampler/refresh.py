@@ -254,11 +254,12 @@ class Clock:
 
 
 @lru_cache(maxsize=64)
-def calls_served(policy: Refresh, steps: int = 20) -> float:
-    """How many model calls a match serves, in a run of so many steps over Stable Diffusion's noise levels, spaced as
+def calls_served(policy: Refresh) -> float:
+    """How many model calls a match serves, in a run of 20 steps over Stable Diffusion's noise levels, spaced as
     Karras et al. (2022) do. Where drift decides 1, as it may be each."""
     if policy.measures_drift:
         return 1.0
+    steps = 20
     top, low = 14.6 ** (1 / 7), 0.03 ** (1 / 7)
     sigmas = [(top + (low - top) * step / (steps - 1)) ** 7 for step in range(steps)]
     clock, made, matches = Clock(sigmas), None, 0

@@ -301,6 +301,11 @@ class MergeSession:
         self.stats.count(layer.name, n * b, after * b, made)
         return pairing
 
+    def take_back(self, layer: Layer, x: Tensor, pairing: Pairing) -> None:
+        """A layer for whose x (b n c) there was a pairing runs on all its tokens, because of an error since."""
+        b, n, _ = x.shape
+        self.stats.take_back(layer.name, n * b, pairing.size.shape[1] * b)
+
     def fixed_length(self, n: int, latent_size: tuple[int, int]) -> int | None:
         """How many tokens are left of a layer's n, if that is the same in every call of this part of a run, the early
         or the later one; else None."""

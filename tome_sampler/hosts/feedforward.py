@@ -81,7 +81,8 @@ class HalvedFeedForward:
         x = args[0] if len(args) == 1 and not kwargs else None
         if not self._least or not isinstance(x, Tensor) or x.ndim != 3:
             return None
-        if 2 * x.numel() <= self._least if self._in_block else x.numel() < self._least:
+        few = 2 * x.numel() <= self._least if self._in_block else x.numel() < self._least
+        if few:
             return None
         if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
             return None  # somebody else's want to see all tokens

@@ -316,8 +316,7 @@ class ForgePass:
     ) -> None:
         """The rest of the pass runs on all tokens, and so does the layer whose x was to be merged, if it is named."""
         if layer is not None and x is not None and pairing is not None:
-            n, m = x.shape[1], pairing.size.shape[1]
-            self.session.stats.take_back(layer.name, len(x) * n, len(x) * m)
+            self.session.take_back(layer, x, pairing)
         self.session.suspended = True
         self._failed(error)
 

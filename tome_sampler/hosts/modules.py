@@ -281,8 +281,7 @@ class _Attachment:
                 return _Open(pairing, pairing.merge(x), x)
         except Exception as error:
             if pairing is not None:
-                n, m = x.shape[1], pairing.size.shape[1]
-                self.session.stats.take_back(layer.name, len(x) * n, len(x) * m)
+                self.session.take_back(layer, x, pairing)
             self._report(error)
             return None
 
