@@ -19,6 +19,7 @@ from tome_sampler.spelling import read_config
 
 CPU = torch.device("cpu")
 CONFIG = MergeConfig(min_tokens=0)
+FEW_IN_FEED_FORWARDS = CONFIG.with_(modules=("attn1", "ff"), ratio=0.1, threshold=None, early_ratio=None)
 Call = Callable[..., Tensor]
 
 
@@ -85,6 +86,12 @@ def small(name: str) -> tuple[nn.Module, Callable[[], Any], tuple[int, int], int
         ("embedded", "default:modules=block,ratio=0.1,threshold=None,early_ratio=None"),
         ("embedded", "default:early_modules=block,early_ratio=0.1,threshold=None"),
         ("pixart", "default:modules=block"),
+        # feed-forwards that merge on their own, few of their tokens, or in one part of a run only
+        ("embedded", "default:modules=attn1+ff,ratio=0.1,threshold=None,early_ratio=None"),
+        ("embedded", "default:early_modules=attn1+ff,threshold=None"),
+        ("pixart", "default:modules=attn1+attn2+ff,threshold=None"),
+        # attention that keeps all of its logits
+        ("ldm", "default:ratio=0.1,threshold=None,early_ratio=None"),
     ],
 )
 def test_the_peak_with_merging_is_never_above_the_peak_without(name: str, preset: str) -> None:
@@ -134,6 +141,20 @@ def test_halves_give_the_same_tokens_and_only_the_largest_layers_are_halved(host
     torch.testing.assert_close(halved, at_once)
 
 
+def test_halves_of_merged_tokens_give_the_same_tokens(host: tuple[nn.Module, Call]) -> None:
+    model, call = host
+    with torch.no_grad():
+        with merging(model, FEW_IN_FEED_FORWARDS):
+            halved = call(model)
+        kept = [layer.register_forward_hook(lambda *_: None) for layer in feed_forwards(model).values()]
+        seen = watched(model)
+        with merging(model, FEW_IN_FEED_FORWARDS):
+            at_once = call(model)
+    assert all(len(tokens) == 1 for tokens in seen.values())  # others' hooks want to see all tokens
+    [handle.remove() for handle in kept]
+    torch.testing.assert_close(halved, at_once)
+
+
 def test_an_odd_number_of_tokens_loses_none(ldm_unet: LdmUNet) -> None:
     seen = watched(ldm_unet)
     with merging(ldm_unet, CONFIG, branches=("uncond", "cond")):
@@ -143,14 +164,13 @@ def test_an_odd_number_of_tokens_loses_none(ldm_unet: LdmUNet) -> None:
 
 @pytest.mark.parametrize(
     ("modules", "ratio", "tokens"),
-    [(("attn1", "ff"), 0.5, [32]), (("attn1", "ff"), 0.1, [58]), (("block",), 0.5, [32]), (("block",), 0.1, [29, 29])],
+    [(modules, *left) for modules in (("attn1", "ff"), ("block",)) for left in ((0.5, [32]), (0.1, [29, 29]))],
 )
-def test_a_layer_that_merges_itself_is_not_halved_and_one_in_a_block_is_where_many_tokens_are_left(
+def test_on_merged_tokens_of_its_own_or_its_block_s_a_layer_is_halved_where_many_are_left(
     ldm_unet: LdmUNet, modules: tuple[str, ...], ratio: float, tokens: list[int]
 ) -> None:
     seen = watched(ldm_unet)
-    config = CONFIG.with_(modules=modules, ratio=ratio, threshold=None, early_ratio=None)
-    with merging(ldm_unet, config, branches=("uncond", "cond")):
+    with merging(ldm_unet, FEW_IN_FEED_FORWARDS.with_(modules=modules, ratio=ratio), branches=("uncond", "cond")):
         call_ldm(ldm_unet)
     assert seen["first.ff"] == tokens
 
@@ -187,12 +207,13 @@ def test_where_nothing_is_merged_nothing_is_halved_and_no_hook_is_left(host: tup
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("half", [1, 2])
+@pytest.mark.parametrize("config", [CONFIG, FEW_IN_FEED_FORWARDS])
 def test_an_error_in_either_half_leaves_nothing_behind(
-    host: tuple[nn.Module, Call], half: int, error: type[BaseException]
+    host: tuple[nn.Module, Call], config: MergeConfig, half: int, error: type[BaseException]
 ) -> None:
     model, call = host
     before = trace(model)
-    with merging(model, CONFIG):
+    with merging(model, config):
         expected = call(model, t=300)
     name, layer = next(iter(feed_forwards(model).items()))
     forward, calls = layer.forward, []
@@ -203,7 +224,7 @@ def test_an_error_in_either_half_leaves_nothing_behind(
             raise error("in a half")
         return forward(x)
 
-    with merging(model, CONFIG) as session:
+    with merging(model, config) as session:
         layer.forward = fail  # type: ignore[method-assign]
         with pytest.raises(error):
             call(model, t=300)

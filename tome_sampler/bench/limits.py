@@ -220,7 +220,8 @@ class ZeroOverhead(Limit):
             return
         session = MergeSession(self.of.config)
         session.largest = max(short.shape[0] * short.tokens * short.shape[2] for short in plan.values())
-        halved = HalvedFeedForward(self.host.model, session)
+        merging = {self.host.model.get_submodule(name) for name, short in plan.items() if short.outer}
+        halved = HalvedFeedForward(self.host.model, session, merging)
         halved.follow()
         try:
             yield

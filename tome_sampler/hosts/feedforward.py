@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from tome_sampler.session import MergeSession
 
+PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+PostHook = Callable[[nn.Module, Any, Any, Any], Any]
+
 
 class HalvedFeedForward:
     """One session's hooks on the feed-forward layers (``ff``) of a module tree.
@@ -17,21 +21,17 @@ class HalvedFeedForward:
     A feed-forward works on each token by itself, so one half of them after the other gives the same tokens, and its
     hidden layer, up to eight times as wide as they are, is half as large at once. That is done where as many numbers
     pass through as in the largest merged layer: with fewer no peak is reached, and the weights would be read twice for
-    nothing. In a block that runs on merged tokens it is done where more than half of them are left: the tokens that it
-    was given lie beside it. Where feed-forward layers merge on their own, nothing is done.
+    nothing. On merged tokens, its block's or its own, it is done where more than half of them are left: the tokens
+    that were merged lie beside them.
+
+    merging: those of these layers that have hooks which merge: :meth:`around` is told of them, and no hooks are put on
+    them here.
     """
 
-    def __init__(self, root: nn.Module, session: MergeSession) -> None:
+    def __init__(self, root: nn.Module, session: MergeSession, merging: Collection[nn.Module | None] = ()) -> None:
         self._session = session
-        blocks = [m for m in root.modules() if "attn1" in m._modules]
-        if "ff" in session.config.all_modules:
-            blocks = []
-        self._layers = [
-            layer
-            for layer in (block._modules.get("ff") for block in blocks)
-            # a convolution sees a token's neighbours
-            if layer is not None and all(weight.ndim <= 2 for weight in layer.parameters())
-        ]
+        found = [m._modules.get("ff") for m in root.modules() if "attn1" in m._modules]
+        self._layers = [layer for layer in found if layer is not None and layer not in merging and _is_tokenwise(layer)]
         self._hooks = ExitStack()
         self._on = False
         self._least = 0  # how many numbers are halved
@@ -70,6 +70,23 @@ class HalvedFeedForward:
         """A layer, or a block, that is given x will run on merged tokens in the compiler's graph."""
         self._least, self._in_block = max(self._least, x.numel()), block
 
+    def around(self, layer: nn.Module, before: PreHook, after: PostHook) -> tuple[PreHook, PostHook]:
+        """Hooks that merge a feed-forward's tokens and share the result, with the halves between them."""
+        if not _is_tokenwise(layer):
+            return before, after
+
+        def halve(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            merged = before(module, args, kwargs)
+            args, kwargs = merged or (args, kwargs)
+            return self._halve(module, args, kwargs, merged=merged is not None) or merged
+
+        def complete(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            whole = self._complete(module, args, output)
+            shared = after(module, args, kwargs, output if whole is None else whole)
+            return whole if shared is None else shared
+
+        return halve, complete
+
     def _put_on(self) -> None:
         self._on = True
         for layer in self._layers:
@@ -77,11 +94,13 @@ class HalvedFeedForward:
             self._hooks.enter_context(layer.register_forward_pre_hook(self._halve, with_kwargs=True))
             self._hooks.enter_context(layer.register_forward_hook(self._complete, always_call=True, prepend=True))
 
-    def _halve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _halve(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], merged: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         x = args[0] if len(args) == 1 and not kwargs else None
         if not self._least or not isinstance(x, Tensor) or x.ndim != 3:
             return None
-        few = 2 * x.numel() <= self._least if self._in_block else x.numel() < self._least
+        few = 2 * x.numel() <= self._least if merged or self._in_block else x.numel() < self._least
         if few:
             return None
         if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
@@ -96,3 +115,8 @@ class HalvedFeedForward:
             return None
         (second, dim), self._second = self._second, None
         return torch.cat([output, module.forward(second)], dim) if isinstance(output, Tensor) else None
+
+
+def _is_tokenwise(layer: nn.Module) -> bool:
+    """Whether a feed-forward works on each token by itself: a convolution sees its neighbours."""
+    return all(weight.ndim <= 2 for weight in layer.parameters())

@@ -113,7 +113,8 @@ class _Attachment:
         self._idle: set[int] = set()  # those of them to ask the session about: this call has left them alone, again
         self._resting: list[_Hooked] = []  # those whose hooks are off
         blocks = mergeable(root)
-        self._feed_forward = HalvedFeedForward(root, session)
+        merging = [block._modules.get("ff") for _, block in blocks if "ff" in session.config.all_modules]
+        self._feed_forward = HalvedFeedForward(root, session, merging)
         try:
             _hook(self._stack, root, self._begin, self._end)
             for number, (name, block) in enumerate(blocks):
@@ -182,8 +183,10 @@ class _Attachment:
             module = getattr(block, part, None)
             if isinstance(module, nn.Module):
                 layer = Layer(f"{name}.{part}" if name else part, number)
-                before = self._before(layer, block, part, place=len(self._parts))
-                hooked = _Hooked(layer, module, before, self._after(part))
+                before, after = self._before(layer, block, part, place=len(self._parts)), self._after(part)
+                if part == "ff":
+                    before, after = self._feed_forward.around(module, before, after)
+                hooked = _Hooked(layer, module, before, after)
                 hooked.on()
                 self._stack.enter_context(hooked.stack)
                 self._idle.add(len(self._parts))
