@@ -3,6 +3,9 @@
 A reused pairing costs a merge and an unmerge, a new one a match besides. In nanoseconds per token, so that a level line
 is a cost that grows as the tokens do; one thread, the process's own CPU time, rounds in which the sizes take turns.
 
+By itself a part finds its tokens where its last turn left them, in the cache if they fit. In a block, where it is used,
+it finds what the layers before it have left, so both are measured.
+
     python benchmarks/growth.py --dtype bfloat16 --plot growth.png
 """
 
@@ -17,18 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tome_sampler import Pairing
+from tome_sampler import MergeConfig, Pairing
+from tome_sampler.bench.methods import KeptSession, raise_
+from tome_sampler.bench.parts import seconds_in_parts
 from tome_sampler.bench.report import plotter
 from tome_sampler.bench.timing import clock_of, take
+from tome_sampler.hosts.modules import attach
 from tome_sampler.matching import Dst, cell_dst, global_match, largest, local_match
+from tome_sampler.refresh import Once
+from tome_sampler.session import ModelCall
 
 SIDES = (32, 64, 96, 128, 192, 256)
 CHANNELS, HEADS = 320, 8
-PARTS = ("merge", "unmerge", "copy", "local match", "global match", "attention saved")
+PARTS = ("merge", "unmerge", "copy", "merge, in a block", "unmerge, in a block")
+PARTS += ("local match", "global match", "attention saved")
 
 
 def half_merged(dst: Dst, score: Tensor, nearest: Tensor) -> Pairing:
@@ -67,6 +77,46 @@ def parts(side: int, dtype: torch.dtype, device: torch.device, longest: int) -> 
     return found
 
 
+class Finest(nn.Module):
+    """A transformer block of SD 1.5's finest level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = BasicTransformerBlock(CHANNELS, HEADS, CHANNELS // HEADS, cross_attention_dim=768)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        out: Tensor = self.block(x, encoder_hidden_states=context)
+        return out
+
+
+class InBlock:
+    """A block of side x side tokens whose self-attention keeps its pairs."""
+
+    def __init__(self, model: nn.Module, side: int, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = (2, side * side, CHANNELS), (2, 77, 768)
+        self._given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        self._model, self._device = model, device
+        self._call = ModelCall.chunked(1.0, (side, side), ("uncond", "cond"), 1)
+        config = MergeConfig(ratio=0.5, threshold=None, early_ratio=None, min_tokens=0, refresh=Once())
+        self._session = KeptSession(config)
+        self._session.begin_before(self._call)
+
+    def run(self) -> None:
+        with self._session.call(self._call):
+            self._model(*self._given)
+
+    def seconds(self, times: int) -> dict[str, float]:
+        """What merging and unmerging take in a run, of so many."""
+        detach = attach(self._model, self._session, lambda *_: None, raise_)
+        try:
+            self.run()  # makes the pairs, if it is the first one
+            found = seconds_in_parts(lambda: repeated(self.run, times), self._device)
+        finally:
+            detach()
+        return {f"{part}, in a block": found[part] / times for part in ("merge", "unmerge")}
+
+
 def repeated(part: Callable[[], Any], times: int) -> None:
     """Keeps nothing: memory that is new each time would cost more than what is measured."""
     for _ in range(times):
@@ -85,6 +135,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pyplot, device = plotter() if args.plot else None, torch.device(args.device)
     taken: dict[int, dict[str, list[float]]] = {side: {} for side in SIDES}
+    model = Finest().to(device, getattr(torch, args.dtype)).eval()
+    in_blocks = {side: InBlock(model, side, getattr(torch, args.dtype), device) for side in SIDES}
     with torch.no_grad():
         for number in tqdm(range(-1, args.rounds), unit="round"):
             for side in SIDES:
@@ -97,6 +149,9 @@ def main() -> None:
                     _, seconds = take(lambda part=part, repeats=repeats: repeated(part, repeats), device)
                     if number >= 0:
                         taken[side].setdefault(name, []).append(seconds.seconds / repeats / side**2 * 1e9)
+                if 0 <= number < 3:
+                    for name, spent in in_blocks[side].seconds(max(1, 2**14 // side**2)).items():
+                        taken[side].setdefault(name, []).append(spent / side**2 * 1e9)
     rows = {side: {name: statistics.median(found) for name, found in parts.items()} for side, parts in taken.items()}
     for row in rows.values():
         if "attention" in row:
