@@ -16,6 +16,7 @@ from tome_sampler.bench.calibrate import _first, calibrate
 from tome_sampler.bench.methods import KeptSession
 from tome_sampler.cli import main
 from tome_sampler.refresh import Always, Drift, EverySteps, Once, SigmaRatio
+from tome_sampler.session import Layer
 
 ROW = {"device": "cpu", "backend": "auto", "dtype": "float32", "channels": 320, "kept": 100, "always": 400}
 
@@ -172,3 +173,41 @@ def test_a_machine_without_a_home_has_no_calibration(monkeypatch: pytest.MonkeyP
     gate.forget()
     assert least() > 0
     gate.forget()
+
+
+LONE = [
+    # channels, tokens, device, modules, early modules, policy; whether it merges
+    (320, 4096, "cpu", ("ff",), None, Once(), True),
+    (320, 4096, "cpu", ("attn2",), None, Once(), True),
+    (320, 256, "cpu", ("ff",), None, Once(), False),  # a match costs more than it saves
+    (320, 128**2, "cpu", ("attn2",), None, Once(), False),  # the match grows with the square
+    (320, 128**2, "cpu", ("ff",), None, Once(), True),
+    (320, 128**2, "cpu", ("attn2", "ff"), None, Once(), True),  # share their pairs
+    (48, 4096, "cpu", ("ff",), None, Once(), False),
+    (48, 4096, "cpu", ("attn1", "ff"), None, Once(), True),  # attention's pairs are there
+    (320, 4096, "cpu", ("attn2",), None, Always(), False),
+    (320, 4096, "meta", ("attn2",), None, Once(), False),  # nobody has measured it
+    (48, 4096, "cpu", ("ff",), ("attn1", "ff"), Once(), False),  # in the later part it is alone
+    (48, 4096, "cpu", ("attn1", "ff"), ("ff",), Once(), False),
+]
+
+
+@pytest.mark.parametrize(("channels", "n", "device", "modules", "early", "policy", "merged"), LONE)
+def test_what_merges_without_attention_must_pay_for_its_match(
+    channels: int, n: int, device: str, modules: Any, early: Any, policy: Any, merged: bool
+) -> None:
+    config = MergeConfig(threshold=None, modules=modules, early_modules=early, refresh=policy)
+    for auto, left_alone in ((config, not merged), (config.with_(min_tokens=0), False)):
+        session = MergeSession(auto)
+        for part in set(modules) & {"ff", "attn2"}:
+            found = session.too_short(Layer(f"block.{part}", 0), n, channels, torch.float32, device)
+            assert found == left_alone
+        assert bool(session.stats.notes) == left_alone
+    if "attn1" in modules:
+        assert not MergeSession(config).too_short(Layer("block.attn1", 0), n, channels, torch.float32, device)
+
+
+def test_little_merging_pays_at_fewer_lengths() -> None:
+    assert gate.pays_alone("ff", 1024, 320, "cpu", 0.5, False)
+    assert not gate.pays_alone("ff", 1024, 320, "cpu", 0.25, False)
+    assert not gate.pays_alone("attn2", 9216, 320, "cpu", 0.25, False)

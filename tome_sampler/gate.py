@@ -27,6 +27,10 @@ OTHERS = 1024
 CALLS = 3
 """Model calls that a match must serve for the table's "kept": the default makes six in a run of 20 steps."""
 
+ALONE = {"ff": (1024, 36864), "attn2": (1024, 9216)}
+"""Tokens between which a feed-forward, or cross-attention, pays that is merged without the self-attention beside it."""
+ALONE_CHANNELS = 320  # and more
+
 _STANDARD = 1 - (1 - 0.5) ** 2  # of a layer's attention scores, what the ratio saves that the table is made at
 
 
@@ -58,6 +62,18 @@ def least_tokens(channels: int, dtype: torch.dtype, device: str, ratio: float, a
     # savings go with n * n * (1 - (1 - ratio)^2) and costs with n, so where they meet goes with the inverse
     saved = max(1 - (1 - min(ratio, 1.0)) ** 2, 1e-6)
     return math.ceil(at_half * max(_STANDARD / saved, 1.0))
+
+
+def pays_alone(part: str, n: int, channels: int, device: str, ratio: float, always: bool) -> bool:
+    """Whether to merge n tokens for a part of a block, "ff" or "attn2", that has to pay for its match by itself.
+
+    It saves the same share at any length, and a match costs more the longer a sequence is: too long ones do not pay
+    either. Nor do narrow layers, nor a match in each call. Other devices than a CPU were not measured.
+    """
+    shortest, longest = ALONE[part]
+    less = max(min(ratio, 0.5) / 0.5, 1e-6)
+    measured = device == "cpu" and channels >= ALONE_CHANNELS and not always
+    return measured and shortest / less <= n <= longest * less
 
 
 @lru_cache(maxsize=256)

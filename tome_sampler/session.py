@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tome_sampler.config import MergeConfig
-from tome_sampler.gate import CALLS, least_tokens
+from tome_sampler.gate import ALONE, CALLS, least_tokens, pays_alone
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
 from tome_sampler.matching import (
     Dst,
@@ -278,7 +278,7 @@ class MergeSession:
             self.note(f"{n} tokens are not the grid of a {self._latent_size or 'square'} latent: passed through")
             return None
         config = self.config
-        if self.too_coarse(n) or self.too_short(n, x.shape[2], x.dtype, x.device.type):
+        if self.too_coarse(n) or self.too_short(layer, n, x.shape[2], x.dtype, x.device.type):
             self._left_alone.add((layer.name, n))  # for as long as the size is the same
             return None
         if self._call is not None and layer.name in self._seen:  # a reference pass, say: not the tokens it was first
@@ -326,7 +326,7 @@ class MergeSession:
         """Whether a layer of n tokens is of an attention level that is not merged."""
         return self._level(n) >= self.config.levels
 
-    def too_short(self, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
+    def too_short(self, layer: Layer, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
         """Whether a layer of n tokens is left alone: the size gate."""
         config = self.config
         if config.min_tokens != "auto":
@@ -335,10 +335,25 @@ class MergeSession:
             return False
         early = config.ratio if config.early is None else config.early.ratio
         ratio = (config.ratio + early) / 2  # about half of a run is early
-        least = least_tokens(channels, dtype, device, ratio, always=calls_served(config.refresh) < CALLS)
+        always = calls_served(config.refresh) < CALLS
+        least = least_tokens(channels, dtype, device, ratio, always)
         if n < least:
             self.note(f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')")
-        return n < least
+            return True
+        alone = self._alone(layer)
+        if alone is None or pays_alone(alone, n, channels, device, ratio, always):
+            return False
+        self.note(f"{alone} of {n} tokens is left alone: without attn1 it does not pay on {device} (min_tokens='auto')")
+        return True
+
+    def _alone(self, layer: Layer) -> str | None:
+        """The part of a block whose savings must pay for the pairs that this layer is merged with, where that is not
+        self-attention in all of a run."""
+        part = layer.name.rsplit(".", 1)[-1]
+        for modules in (self.config.modules, self._now(early=True).modules):
+            if part in ALONE and part in modules and "attn1" not in modules:
+                return "ff" if "ff" in modules else "attn2"
+        return None
 
     def timed(self, part: str, device: torch.device) -> AbstractContextManager[None]:
         """Within it, time counts for "matching" or "merging", if this session is timed."""

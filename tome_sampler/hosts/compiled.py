@@ -194,7 +194,7 @@ class Compiled:
             if coarseness not in self._levels:
                 self._levels.append(coarseness)
             too_coarse = sorted(self._levels).index(coarseness) >= config.levels
-        if too_coarse or _too_short(self.number, n, channels, x.dtype, x.device.type):
+        if too_coarse or _too_short(self.number, number, n, channels, x.dtype, x.device.type):
             return None
         size = self._size or self.session.latent_size
         m = None if size is None else self.session.fixed_length(n, size)
@@ -268,9 +268,10 @@ def _too_coarse(run: int, n: int) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _too_short(run: int, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
+def _too_short(run: int, number: int, n: int, channels: int, dtype: torch.dtype, device: str) -> bool:
     """The size gate, whose answer is part of the graph: lengths and widths are, too."""
-    return _at_work[run].session.too_short(n, channels, dtype, device)
+    compiled = _at_work[run]
+    return compiled.session.too_short(compiled.layers[number], n, channels, dtype, device)
 
 
 def _merge_op(x: Tensor, metric: Tensor, run: int, number: int, m: int, early: bool) -> tuple[Tensor, Tensor, Tensor]:
