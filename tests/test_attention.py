@@ -81,6 +81,27 @@ def test_merged_duplicates_attend_as_they_did_in_einsum_and_softmax(name: str) -
     torch.testing.assert_close(merged, exact, atol=1e-5, rtol=1e-5)
 
 
+def test_many_logits_are_worked_off_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, bias = torch.randn(6, 7, 16), KeyBias(torch.tensor([0.0, 1.0, 2.0, 0.0, 0.5, 0.0, -torch.inf]).repeat(3, 1))
+    logits = (y @ y.transpose(1, 2)).half()
+    monkeypatch.setattr("tome_sampler.attention._PIECE", 10)
+    with proportional_attention(bias, heads=2) as mode:
+        found = logits.softmax(-1, dtype=torch.float32)
+    assert mode.used
+    added = logits + bias.values.clamp(min=-1e4).repeat_interleave(2, 0)[:, None].half()
+    assert torch.equal(found, added.softmax(-1, dtype=torch.float32))
+
+
+def test_softmax_that_goes_over_something_else_or_into_a_tensor_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tome_sampler.attention._PIECE", 1)
+    logits, out = torch.randn(2, 5, 5), torch.empty(2, 5, 5)
+    with proportional_attention(KeyBias(torch.zeros(2, 5))):
+        assert torch.equal(logits.softmax(-2), torch.Tensor.softmax(logits, -2))
+        torch.softmax(logits, -1, out=out)
+    torch.testing.assert_close(logits.softmax(-2).sum(-2), torch.ones(2, 5))
+    assert torch.equal(out, logits.softmax(-1))
+
+
 def test_a_whole_ldm_attention_over_merged_duplicates_is_exact() -> None:
     x, pairing = duplicates()
     attention = CrossAttention(16).eval()

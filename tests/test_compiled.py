@@ -115,6 +115,30 @@ def test_parts_that_are_compiled_in_a_model_that_is_not_merge_as_it_does(what: s
     assert graphs.frame_count > 0
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_blocks_that_are_compiled_one_by_one_are_not_merged_whole_in_one_part_of_a_run(
+    ldm_unet: LdmUNet, wrapped: bool
+) -> None:
+    """The compiler would leave hooks out that it has once seen do nothing. In the other part they merge as always."""
+    config = FIXED.with_(early_modules=("block",))
+    with torch.no_grad():
+        early, later = (call_ldm(ldm_unet, t=t) for t in (900, 300))
+        with merging(ldm_unet, FIXED, branches=("uncond", "cond")):
+            merged = call_ldm(ldm_unet, t=300)
+        for name, block in [(n, b) for n, b in ldm_unet.named_children() if "attn1" in b._modules]:
+            if wrapped:
+                setattr(ldm_unet, name, torch.compile(block, backend="eager"))
+            else:
+                block.compile(backend="eager")
+        for _ in range(2):
+            with merging(ldm_unet, config, branches=("uncond", "cond")) as session:
+                torch.testing.assert_close(call_ldm(ldm_unet, t=900), early)
+                torch.testing.assert_close(call_ldm(ldm_unet, t=300), merged, atol=1e-5, rtol=1e-5)
+                assert not torch.allclose(merged, later)
+            assert len(session.stats.notes) == 1
+            assert "compiled one by one" in session.stats.notes[0]
+
+
 class Wrapper(nn.Module):
     """What k-diffusion's denoisers are: a module around a U-Net."""
 

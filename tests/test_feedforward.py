@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tome_sampler import MergeConfig, MergeSession, ModelCall, demo, merging
 from tome_sampler.bench.parts import profiled
+from tome_sampler.hosts.feedforward import HalvedFeedForward
 from tome_sampler.hosts.modules import attached
 from tome_sampler.spelling import read_config
 
@@ -91,6 +92,7 @@ def small(name: str) -> tuple[nn.Module, Callable[[], Any], tuple[int, int], int
         ("embedded", "default:early_modules=attn1+ff,threshold=None"),
         ("pixart", "default:modules=attn1+attn2+ff,threshold=None"),
         # attention that keeps all of its logits
+        ("ldm", "default:ratio=0.06,threshold=None,early_ratio=None"),
         ("ldm", "default:ratio=0.1,threshold=None,early_ratio=None"),
     ],
 )
@@ -250,6 +252,47 @@ def test_a_feed_forward_that_sees_neighbours_runs_at_once(ldm_unet: LdmUNet) -> 
         call_ldm(ldm_unet)
     assert seen["first.ff"] == [64]
     assert seen["last.ff"] == [32, 32]
+
+
+def in_halves(layer: nn.Module, x: Tensor) -> Any:
+    """What a block's feed-forward returns while pairs are kept."""
+    block, session = nn.Module(), MergeSession(CONFIG)
+    block.attn1, block.ff = nn.Identity(), layer
+    session.largest = x.numel()
+    halves = HalvedFeedForward(block, session)
+    halves.follow()
+    try:
+        return block.ff(x)
+    finally:
+        halves.remove()
+
+
+def test_a_feed_forward_that_returns_more_than_tokens_runs_at_once() -> None:
+    class Weighted(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x.sum(1)
+
+    layer, x = Weighted(16, 16), torch.randn(2, 64, 16)
+    for found, whole in zip(in_halves(layer, x), layer(x), strict=True):
+        assert torch.equal(found, whole)
+
+
+def test_a_feed_forward_that_takes_its_tokens_for_contiguous_can() -> None:
+    class Flat(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(-1, 16)).view(x.shape)
+
+    layer, x = Flat(16, 16), torch.randn(2, 64, 16)
+    torch.testing.assert_close(in_halves(layer, x), layer(x))
+
+
+def test_hooks_inside_of_a_feed_forward_see_all_tokens() -> None:
+    layer, x, seen = nn.Sequential(nn.Linear(16, 16)), torch.randn(2, 64, 16), []
+    handle = layer[0].register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    in_halves(layer, x)
+    handle.remove()
+    in_halves(layer, x)
+    assert seen == [64]
 
 
 def test_of_nested_sessions_only_the_one_at_work_halves(ldm_unet: LdmUNet) -> None:

@@ -725,6 +725,7 @@ def test_attention_that_sees_padding_is_run_on_all_tokens_and_says_so(modules: t
         for _ in range(2):  # the second time it is known before
             torch.testing.assert_close(run(rough, smooth), plain, atol=1e-4, rtol=1e-4)
         assert not session.stats.calls[-1].layers
+        assert session.stats.to_dict()["merged_fraction"] == 0
         assert any("images that merge different counts" in note for note in session.stats.notes)
     with merging(unet, config.with_(batch_rule="max")) as session:
         assert not torch.equal(run(rough, smooth), plain)

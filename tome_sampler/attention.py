@@ -35,7 +35,7 @@ _PLAIN_PROCESSORS = {
     "NoneType",  # a layer of another library
 }
 """diffusers' processors that attend from all tokens of a layer to all of them, and do nothing else."""
-_PIECES = 8  # of the queries, in attention that keeps all of its logits
+_PIECE, _MOST_PIECES = 1 << 17, 64  # logits that are worth working off piece by piece, in a few launches
 _NEVER = -1e4  # the logit of padding: far below any real one, and finite in fp16
 
 
@@ -190,13 +190,18 @@ class proportional_attention(TorchFunctionMode):
 def _biased_softmax(
     func: Callable[..., Any], logits: Tensor, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """func(logits + mask), an eighth of the queries at a time: the sum of all would be a third tensor of the logits'
-    size beside them and the result, and where few keys are merged more memory than without."""
+    """func(logits + mask), some queries at a time where there is much of it: the sum of all would be a third tensor of
+    that size beside logits and result, and where few keys are merged more memory than without."""
+    dim = args[0] if args else kwargs.get("dim")
+    pieces = min(_MOST_PIECES, logits.numel() // _PIECE)
+    if pieces < 2 or dim not in (-1, logits.ndim - 1) or kwargs.get("out") is not None:
+        return func(logits + mask, *args, **kwargs)  # type: ignore[no-any-return]
     out: Tensor | None = None
-    for number, part in enumerate(logits.tensor_split(_PIECES, -2)):
+    for number, part in enumerate(logits.tensor_split(pieces, -2)):
         weights: Tensor = func(part + mask, *args, **kwargs)
         out = weights.new_empty(logits.shape) if out is None else out
-        out.tensor_split(_PIECES, -2)[number].copy_(weights)
+        out.tensor_split(pieces, -2)[number].copy_(weights)
+        del weights  # before the next sum
     assert out is not None
     return out
 

@@ -36,13 +36,13 @@ class HalvedFeedForward:
         self._on = False
         self._least = 0  # how many numbers are halved
         self._in_block = False  # a block is running on merged tokens
-        self._second: tuple[Tensor, int] | None = None  # a half to come, and the dimension that was halved
+        self._halved: tuple[Tensor, int] | None = None  # what is worked off in halves, and along which dimension
         self._put_on()  # before a compiler looks
 
     def follow(self) -> None:
         """Be there while the session keeps pairs, and only then: a call has begun, or a layer has been merged."""
         self._least = 0 if self._session.suspended else self._session.largest
-        self._second, self._in_block = None, False
+        self._halved, self._in_block = None, False
         if self._least and not self._on:
             self._put_on()
         elif self._on and not self._least:
@@ -60,11 +60,11 @@ class HalvedFeedForward:
     def remove(self) -> None:
         """Take the hooks off."""
         self._hooks.close()
-        self._on, self._least, self._second, self._in_block = False, 0, None, False
+        self._on, self._least, self._halved, self._in_block = False, 0, None, False
 
     def begin_compiled(self) -> None:
         """The compiler looks at a call of the root, in which nothing has been merged yet."""
-        self._least, self._second, self._in_block = 0, None, False
+        self._least, self._halved, self._in_block = 0, None, False
 
     def merged_compiled(self, x: Tensor, block: bool = False) -> None:
         """A layer, or a block, that is given x will run on merged tokens in the compiler's graph."""
@@ -103,18 +103,28 @@ class HalvedFeedForward:
         few = 2 * x.numel() <= self._least if merged or self._in_block else x.numel() < self._least
         if few:
             return None
-        if len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1:
-            return None  # somebody else's want to see all tokens
+        if _is_watched(module):
+            return None  # somebody else wants to see all tokens
         dim = 1 if x.shape[1] > x.shape[0] else 0
-        first, second = x.tensor_split(2, dim)
-        self._second = second, dim
-        return (first,), {}
+        self._halved = x, dim
+        return (x.tensor_split(2, dim)[0].contiguous(),), {}
 
     def _complete(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._second is None:
+        if self._halved is None:
             return None
-        (second, dim), self._second = self._second, None
-        return torch.cat([output, module.forward(second)], dim) if isinstance(output, Tensor) else None
+        (x, dim), self._halved = self._halved, None
+        if output is None:  # an exception is on its way
+            return None
+        if not isinstance(output, Tensor):
+            return module.forward(x)
+        return torch.cat([output, module.forward(x.tensor_split(2, dim)[1].contiguous())], dim)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether anybody else has hooks on a layer or on a part of it."""
+    if len(layer._forward_pre_hooks) > 1 or len(layer._forward_hooks) > 1:
+        return True
+    return any(part is not layer and (part._forward_pre_hooks or part._forward_hooks) for part in layer.modules())
 
 
 def _is_tokenwise(layer: nn.Module) -> bool:

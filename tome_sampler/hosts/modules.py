@@ -56,6 +56,7 @@ Observe = Callable[[nn.Module, Any], None]
 class _Open:
     """A layer that is running on merged tokens, and what it was given before they were."""
 
+    layer: Layer
     pairing: Pairing
     merged: Tensor
     given: Tensor
@@ -112,6 +113,7 @@ class _Attachment:
         self._parts: list[_Hooked] = []
         self._idle: set[int] = set()  # those of them to ask the session about: this call has left them alone, again
         self._resting: list[_Hooked] = []  # those whose hooks are off
+        self._apart = False  # whether whole blocks cannot be merged, see _runs_apart
         blocks = mergeable(root)
         merging = [block._modules.get("ff") for _, block in blocks if "ff" in session.config.all_modules]
         self._feed_forward = HalvedFeedForward(root, session, merging)
@@ -173,7 +175,7 @@ class _Attachment:
                 self._block_input.pop(module, None)
 
             _hook(self._stack, block, remember, forget)
-        if "block" in config.all_modules:
+        if "block" in config.all_modules and not self._runs_apart(name, block):
             layer = Layer(name or "block", number)
             _hook(self._stack, block, self._before_block(layer), self._after_block)
             for attention in (block.attn1, getattr(block, "attn2", None)):
@@ -192,6 +194,15 @@ class _Attachment:
                 self._idle.add(len(self._parts))
                 self._parts.append(hooked)
         self._rest()  # of what a session knows that has been at work before
+
+    def _runs_apart(self, name: str, block: nn.Module) -> bool:
+        """Whether a block has a graph of its own and is merged whole in one part of the run alone. The compiler then
+        leaves out of the graph what it has once seen do nothing, and what is around it and what is in it disagree."""
+        config = self.session.config
+        alike = config.early is None or ("block" in config.modules) == ("block" in config.early.modules)
+        compiled = getattr(block, "_compiled_call_impl", None) is not None or name.endswith("_orig_mod")
+        self._apart |= compiled and not alike
+        return compiled and not alike
 
     def _before(self, layer: Layer, block: nn.Module, part: str, place: int) -> Any:
         number = self._compiled.add(layer)
@@ -268,7 +279,7 @@ class _Attachment:
             if block not in self._open_blocks or x is None or not _attends_to_itself(x, args, kwargs):
                 return None
             around = self._open_blocks[block]
-            self._open[module] = opened = _Open(around.pairing, x, x, block=around)
+            self._open[module] = opened = _Open(around.layer, around.pairing, x, x, block=around)
             return _with_tokens(self._attend(module, opened), x, args, kwargs)
 
         return before
@@ -281,7 +292,7 @@ class _Attachment:
                 return None
             with self.session.timed("merging", x.device):
                 x = x.contiguous()  # once: a picture that is seen as tokens is read slowly
-                return _Open(pairing, pairing.merge(x), x)
+                return _Open(layer, pairing, pairing.merge(x), x)
         except Exception as error:
             if pairing is not None:
                 self.session.take_back(layer, x, pairing)
@@ -371,8 +382,8 @@ class _Attachment:
             opened.block.spoiled = True
         return opened.block is not None
 
-    @staticmethod
-    def _on_all_tokens(module: nn.Module, opened: _Open, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _on_all_tokens(self, module: nn.Module, opened: _Open, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.session.take_back(opened.layer, opened.given, opened.pairing)
         args, kwargs = _with_tokens(opened.given, _tokens(args, kwargs), args, kwargs)
         return module.forward(*args, **kwargs)
 
@@ -399,6 +410,11 @@ class _Attachment:
             if call is not None:
                 self._call = self.session.call(call)
                 self._call.__enter__()
+        if self._apart:
+            self.session.note(
+                "blocks that are compiled one by one cannot be merged whole in one part of a run: there they run on "
+                "all tokens (compile the whole model, or merge blocks in all of the run)"
+            )
         self._wake()
         self._feed_forward.follow()
 
