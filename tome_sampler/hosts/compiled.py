@@ -194,7 +194,7 @@ class Compiled:
             if coarseness not in self._levels:
                 self._levels.append(coarseness)
             too_coarse = sorted(self._levels).index(coarseness) >= config.levels
-        if too_coarse or _too_short(self.number, number, n, channels, x.dtype, x.device.type):
+        if too_coarse or _too_short(self.number, operator.index(number), n, channels, x.dtype, x.device.type):
             return None
         size = self._size or self.session.latent_size
         m = None if size is None else self.session.fixed_length(n, size)
