@@ -34,8 +34,8 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 clean:  ## remove the virtual environment and what was made
 	rm -rf $(VENV) out build dist
 
-# torch first, so that nothing installed later brings another one. k-diffusion and the two peers without their
-# dependencies: the first's would replace torch, ca-tome asks for an old one.
+# torch first, so that nothing installed later brings another one. k-diffusion and the three peers without their
+# dependencies: the first's would replace torch, ca-tome asks for an old one, DeepCache for transformers.
 $(INSTALLED): pyproject.toml
 	@echo "== making $(VENV)"
 	$(PYTHON) -m venv $(VENV)
@@ -44,5 +44,6 @@ $(INSTALLED): pyproject.toml
 	@echo "== installing tome-sampler and its development tools"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' diffusers==0.42.1
 	@echo "== installing k-diffusion and the peers that the tests compare with"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1 tomesd==0.1.3 ca-tome==0.1.3
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1 tomesd==0.1.3 ca-tome==0.1.3 \
+	  DeepCache==0.1.1
 	@touch $@

@@ -29,9 +29,9 @@ from tome_sampler.bench.chosen import EVERYTHING, choose
 from tome_sampler.bench.command import add_arguments
 from tome_sampler.bench.host import Host
 from tome_sampler.bench.limits import Bound, Plan, Plans, ZeroOverhead, plan_of, record
-from tome_sampler.bench.methods import PLAIN, Merged, Method
+from tome_sampler.bench.methods import PLAIN, Merged, Method, Stacked
 from tome_sampler.bench.parts import profiled
-from tome_sampler.bench.peers import CaTome, TomeSd, threshold_for
+from tome_sampler.bench.peers import CaTome, DeepCache, TomeSd, threshold_for
 from tome_sampler.bench.rounds import Rounds, rotated
 from tome_sampler.bench.rows import rows_of
 from tome_sampler.bench.settings import Settings
@@ -499,6 +499,27 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
     cost, left = profiled(call, torch.device("cpu"), before=10)
     assert cost.peak == pytest.approx(10 + 4 * (500 + 700 + 500) * 1000, rel=0.01)
     assert left == pytest.approx(10 + 4 * 500 * 1000, rel=0.01)
+
+
+@torch.no_grad()
+def test_deepcache_alone_and_below_a_preset(host: Host) -> None:
+    """Every third step of a run is whole, and merging is at work in all of them."""
+    pytest.importorskip("DeepCache")
+    cache, merged, sigmas = DeepCache("deepcache", host), Merged("default", host, HALF), host.sigmas(5)
+    before, whole = trace(host.model), []
+    for method in (cache, Stacked("default+deepcache", cache, merged)):
+        whole.clear()
+        method.restart(sigmas)
+        for step, sigma in enumerate(sigmas):
+            with method.on():
+                hook = host.model.mid_block.resnets[0].register_forward_hook(lambda *_, step=step: whole.append(step))
+                out = method.call(host.inputs(host.noise * sigma, sigma), sigma, step)
+                hook.remove()
+            assert out.isfinite().all()
+        assert whole == [0, 3]
+        assert same(before, trace(host.model))
+    assert method.kinds_in_run() == merged.phases_in(sigmas)
+    assert PLAIN not in merged.phases_in(sigmas)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -37,6 +38,8 @@ from tome_sampler.eval.prompts import NEXT_SEED, cases, held_out_captions, read_
 from tome_sampler.eval.report import curves, differences, matched_table, matches, table
 from tome_sampler.eval.summary import Estimate, estimate, match, points
 from tome_sampler.eval.weights import clip_score, inception_distances, lpips
+from tome_sampler.models import open_model
+from tome_sampler.models.run import Settings, sample
 
 CAPTION = "a large red ring in the middle on wavy navy"
 OTHER = "a small white cross at the top left, a large green circle at the bottom on plain grey"
@@ -132,6 +135,31 @@ def test_a_finished_run_draws_nothing_again(written: Path, prompt_file: Path, mo
     monkeypatch.setattr("tome_sampler.eval.measure.Plan.draw", None)
     assert main(arguments(prompt_file, written / "rows.jsonl", "--seeds", "2")) == 0
     assert (written / "rows.jsonl").read_bytes() == before
+
+
+def test_a_cache_of_deep_layers_alone_and_below_a_preset() -> None:
+    """Every third step is whole, and merging is at work in all of them; then nothing of either is left."""
+    pytest.importorskip("DeepCache")
+    model = open_model(None, device="cpu")
+    unet, whole = model.module.unet, []
+    settings = Settings((64, 64), steps=5, cond_scale=3.0)
+    label = "default+deepcache:ratio=0.5,threshold=None,early_ratio=None,min_tokens=0"
+    (_, alone, both), _ = read_methods(f"deepcache,{label}")
+    (_, merged), _ = read_methods(label.replace("+deepcache", ""))
+    assert (alone.config, both.config) == (None, merged.config)
+    plain = sample(model, [CAPTION], [1], settings)
+    before = [dict(vars(module)) for module in unet.modules()]
+    hook = unet.mid_block.resnets[0].register_forward_hook(lambda *_: whole.append(1))
+    try:
+        drawn = [method.draw(model, [CAPTION], [1], settings, time.process_time) for method in (alone, both, merged)]
+    finally:
+        hook.remove()
+    assert len(whole) == 2 + 2 + 5
+    assert [d.merged_fraction for d in drawn] == [None, 0.5, 0.5]
+    pictures = [plain.pictures, *(d.pictures for d in drawn)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(pictures, 2))
+    assert [dict(vars(module)) for module in unet.modules()] == before
+    assert torch.equal(sample(model, [CAPTION], [1], settings).pictures, plain.pictures)
 
 
 # -- stopped and started again
@@ -316,6 +344,9 @@ def test_an_empty_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("more", "said"),
     [
         (["--methods", "tome"], "method is 'tome'; it must be one of plain, tomesd, ca-tome"),
+        (["--methods", "tomesd+deepcache"], "method is 'tomesd+deepcache'; it must be one of plain"),
+        (["--methods", "default+tomesd"], "method is 'default+tomesd'; it must be one of plain"),
+        (["--methods", "deepcache:interval=2"], "deepcache has no field 'interval'; it has none"),
         (["--methods", "tomesd:rate=0.5"], "tomesd has no field 'rate'; it has ratio"),
         (["--methods", "default:ratio=2"], "ratio is 2"),
         (["--methods", "plain:more_steps=0"], "more_steps is 0"),

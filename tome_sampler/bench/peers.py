@@ -174,6 +174,18 @@ def threshold_for(ratio: float, host: Host, inputs: Inputs) -> float:
     return float(found[min(int(len(found) * ratio / 0.75), len(found) - 1)])
 
 
+def enable_deepcache(unet: Any, scheduler: Any = None) -> Any:
+    """DeepCache on a U-Net: every third step whole, the finest block alone in the others.
+
+    Returns:
+        Its helper, which reads a step's number off the scheduler; without one it is told it as ``cur_timestep``.
+    """
+    helper = package_of("deepcache").DeepCacheSDHelper(pipe=SimpleNamespace(unet=unet, scheduler=scheduler))
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.enable()
+    return helper
+
+
 class DeepCache(_Peer):
     """DeepCache: the deep part of the U-Net every third step only. Whole runs, since it lives from step to step."""
 
@@ -184,10 +196,7 @@ class DeepCache(_Peer):
         self._timesteps = [float(self.host.timestep(sigma)) for sigma in sigmas]
 
     def apply(self) -> None:
-        scheduler = SimpleNamespace(timesteps=self._timesteps)
-        helper = self.package.DeepCacheSDHelper(pipe=SimpleNamespace(unet=self.host.model, scheduler=scheduler))
-        helper.set_params(cache_interval=3, cache_branch_id=0)
-        helper.enable()
+        enable_deepcache(self.host.model, SimpleNamespace(timesteps=self._timesteps))
 
 
 class HyperTile(_Peer):

@@ -4,6 +4,7 @@ Methods, in turn for each prompt and seed; fields after a colon:
   plain              what all others are compared with; always there
   tomesd:ratio=0.5   the package tomesd; ca-tome:r=0.7: the package ca-tome, r is its threshold
   default ...        any preset of ours, and of ours that reproduce papers: importance, ca_tome
+  deepcache          the package DeepCache, every third step whole; default+deepcache: a preset together with it
   plain:other_seed=1, plain:more_steps=1   plain against itself, which says what a difference means
 
 Per picture, against plain of the same seed: PSNR, SSIM, MS-SSIM, gradient magnitude similarity deviation, errors inside

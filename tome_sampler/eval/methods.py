@@ -1,23 +1,26 @@
-"""Ways to sample, as the command line names them: plain, two packages as they are, and presets of ours."""
+"""Ways to sample, as the command line names them: plain, packages as they are, presets of ours, and both together."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
-from tome_sampler.bench.patched import Patch
-from tome_sampler.bench.peers import PACKAGES, check_amount, package_of
+from tome_sampler import merging
+from tome_sampler.bench.patched import Patch, restored
+from tome_sampler.bench.peers import AMOUNTS, PACKAGES, check_amount, enable_deepcache, package_of
 from tome_sampler.config import PRESETS, MergeConfig
 from tome_sampler.models import Model
 from tome_sampler.models.run import Sampled, Settings, sample
+from tome_sampler.session import MergeSession
 from tome_sampler.spelling import read_overrides, split_methods
 
 DEFAULT = ",".join(
@@ -29,7 +32,9 @@ DEFAULT = ",".join(
         *("fast:ratio=0.816,threshold=None,stride=3,early_ratio=0.984,refresh=sigma_2", "plain:other_seed=1"),
     )
 )
-PEERS = ("tomesd", "ca-tome")
+PEERS = ("tomesd", "ca-tome")  # packages that merge
+CACHES = "deepcache"
+"""A package that keeps what deep layers gave from step to step, alone or below a preset: "default+deepcache"."""
 PAPERS = ("tomesd", "ca_tome", "importance")  # presets that reproduce them
 OURS = tuple(name for name in PRESETS if name not in PAPERS)
 _AMOUNTS = ("ratio", "r", "threshold", "floor", "early_ratio", "stride")
@@ -64,9 +69,16 @@ class Method:
         return self.label == "plain"
 
     @property
+    def package(self) -> str | None:
+        """The package that is at work in it, if one is."""
+        package = self.name.rpartition("+")[2]
+        return package if package in (*PEERS, CACHES) else None
+
+    @property
     def config(self) -> MergeConfig | None:
-        """Of a preset of ours, or one that reproduces a paper."""
-        return None if self.name in ("plain", *PEERS) else MergeConfig.preset(self.name, **self.overrides)
+        """Of a preset of ours, or one that reproduces a paper; of what is below a package's cache."""
+        preset = self.name.partition("+")[0]
+        return None if preset in ("plain", *PEERS, CACHES) else MergeConfig.preset(preset, **self.overrides)
 
     @property
     def curve(self) -> str:
@@ -92,12 +104,34 @@ class Method:
             settings = replace(settings, steps=settings.steps + self.overrides.get("more_steps", 0))
         run = partial(sample, model, prompts, seeds, settings, negative=negative, clock=clock)
         if self.name in PEERS:
-            return self._draw_by_package(_patched_module(model.module), run)
-        done = run(self.config)
+            return self._draw_by_merging_package(_patched_module(model.module), run)
+        done = run(self.config) if self.package is None else self._draw_with_cache(model, run)
         stats = done.stats or {}
         return Drawn(done.pictures, done.model_seconds, stats.get("merged_fraction"), tuple(stats.get("notes", ())))
 
-    def _draw_by_package(self, unet: nn.Module, run: Callable[..., Sampled]) -> Drawn:
+    def _draw_with_cache(self, model: Model, run: Callable[..., Sampled]) -> Sampled:
+        unet: Any = _patched_module(model.module)
+        # it would take the step's number from the U-Net's arguments, as pipelines give them: one timestep for a batch
+        parts = SimpleNamespace(**{name: getattr(unet, name) for name in ("down_blocks", "mid_block", "up_blocks")})
+        parts.forward = None
+        helper: Any = None
+
+        @contextmanager
+        def applied(sigmas: list[float]) -> Iterator[MergeSession | None]:
+            nonlocal helper
+            with restored(unet):
+                helper = enable_deepcache(parts)
+                config = self.config
+                with nullcontext() if config is None else merging(model.module, config, sigmas=sigmas) as session:
+                    yield session
+
+        def tell_step(number: int, session: MergeSession | None) -> None:
+            del session
+            helper.cur_timestep = number + 1
+
+        return run(applied, on_step=tell_step)
+
+    def _draw_by_merging_package(self, unet: nn.Module, run: Callable[..., Sampled]) -> Drawn:
         lengths: dict[int, list[int]] = {}  # of a layer's tokens: what attention got of them, call by call
 
         def apply() -> None:
@@ -164,41 +198,43 @@ def applicable(methods: Sequence[Method], model: Model, *, asked: bool) -> tuple
         ValueError: a package that was asked for is made for other models: it would run another one, or fail.
     """
     kind = type(_patched_module(model.module))
-    foreign = [method.label for method in methods if method.name in PEERS]
+    foreign = [method.label for method in methods if method.package is not None]
     if not foreign or "UNet2DConditionModel" in [base.__name__ for base in kind.__mro__]:
         return list(methods), []
     said = f"{', '.join(foreign)}: made for UNet2DConditionModel, and this model is {kind.__name__}"
     if asked:
         raise ValueError(f"{said}; leave them out of --methods")
-    return [method for method in methods if method.name not in PEERS], [f"Not in the table: {said}."]
+    return [method for method in methods if method.package is None], [f"Not in the table: {said}."]
 
 
 def _check(method: Method) -> None:
     """It can be run, as far as that can be known without a model."""
-    if method.name in PEERS:
-        package_of(method.name)
-        module = import_module("tomesd" if method.name == "tomesd" else "ca_tome.patch")
-        known = [
-            name for name in inspect.signature(module.apply_patch).parameters if name not in ("model", "compute_on")
-        ]
-    elif method.name == "plain":
-        known = list(BASELINES)
-        for name, value in method.overrides.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r} in {method.label!r}; it must be a whole number of at least 1")
-    elif method.name in PRESETS:
-        known = list(method.overrides)
-        _ = method.config  # which says what is wrong with it
-    else:
+    name, fields = method.name, list(method.overrides)
+    presets = [preset for preset in PRESETS if preset not in PEERS]
+    if name not in ("plain", CACHES, *PEERS, *presets, *(f"{preset}+{CACHES}" for preset in presets)):
         raise ValueError(
-            f"method is {method.name!r}; it must be one of plain, {', '.join((*PEERS, *PRESETS))}; with fields after a "
-            "colon: default:ratio=0.7"
+            f"method is {name!r}; it must be one of plain, {', '.join((*PEERS, CACHES, *presets))}, or "
+            f"PRESET+{CACHES}; with fields after a colon: default:ratio=0.7"
         )
-    for name in method.overrides:
-        if name not in known:
-            raise ValueError(f"{method.name} has no field {name!r}; it has {', '.join(known)}")
-    if method.name in PEERS:
-        check_amount(method.name, method.overrides)
+    if method.package is not None:
+        package_of(method.package)
+    if name in PEERS:
+        module = import_module("tomesd" if name == "tomesd" else "ca_tome.patch")
+        fields = [key for key in inspect.signature(module.apply_patch).parameters if key not in ("model", "compute_on")]
+    elif name == CACHES:
+        fields = []
+    elif name == "plain":
+        fields = list(BASELINES)
+        for key, value in method.overrides.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} is {value!r} in {method.label!r}; it must be a whole number of at least 1")
+    else:
+        _ = method.config  # which says what is wrong with it
+    for key in method.overrides:
+        if key not in fields:
+            raise ValueError(f"{name} has no field {key!r}; it has {', '.join(fields) or 'none'}")
+    if name in AMOUNTS:
+        check_amount(name, method.overrides)
 
 
 def _patched_module(module: nn.Module) -> nn.Module:
