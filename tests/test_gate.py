@@ -15,6 +15,7 @@ from tome_sampler import MergeConfig, MergeSession, gate, merging
 from tome_sampler.bench.calibrate import _first, calibrate
 from tome_sampler.bench.methods import KeptSession
 from tome_sampler.cli import main
+from tome_sampler.matching import global_match
 from tome_sampler.refresh import Always, Drift, EverySteps, Once, SigmaRatio
 from tome_sampler.session import Layer
 
@@ -93,12 +94,62 @@ def test_a_session_leaves_short_layers_alone_and_says_so_once(calibration: Path)
     policies = {Once(): True, SigmaRatio(4): True, EverySteps(5): True}
     policies |= {Always(): False, EverySteps(1): False, SigmaRatio(1.01): False, Drift(0.0): False}  # nearly each call
     for policy, merged in policies.items():
-        session = MergeSession(MergeConfig(refresh=policy))
+        session = MergeSession(MergeConfig(threshold=None, refresh=policy))
         for _ in range(2):
             assert (one(session, tokens()) is not None) == merged  # 64 tokens
         assert len(session.stats.notes) == (not merged)
         assert all("64 tokens are left alone: on cpu merging pays from 65" in note for note in session.stats.notes)
     assert one(MergeSession(MergeConfig(refresh=Always(), min_tokens=0)), tokens()) is not None
+
+
+ALIKE = MergeConfig(ratio=0.5, threshold=0.9, floor=0.0, early_ratio=None, importance=0.0, refresh=Always())
+ON_ITS_OWN = {"branches": ("cond",), "size": (32, 32)}
+
+
+def some_alike(share: float, n: int = 1024) -> torch.Tensor:
+    """Tokens (1 n 32) of which about a share are alike, the others at random."""
+    x = torch.randn(1, n, 32)
+    return torch.where(torch.rand(1, n, 1) < share, torch.ones(32), x)
+
+
+@pytest.mark.parametrize(("share", "least_tokens", "merged"), [(0.0, 1, False), (0.2, 1, True), (0.2, 1000, False)])
+def test_a_match_that_would_not_pay_is_not_made(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, share: float, least_tokens: int, merged: bool
+) -> None:
+    """How many pass a threshold is known from a sample, and it costs no match."""
+    gate.write_table(calibration, {}, [{**ROW, "kept": least_tokens, "always": least_tokens}])
+    matches: list[int] = []
+    monkeypatch.setattr("tome_sampler.session.global_match", lambda x, dst: matches.append(1) or global_match(x, dst))
+    session, x = MergeSession(ALIKE), some_alike(share)
+    assert (one(session, x, **ON_ITS_OWN) is not None) == merged
+    assert len(matches) == merged
+    assert not session.stats.notes
+    assert (one(MergeSession(ALIKE.with_(min_tokens=0)), x, **ON_ITS_OWN) is not None) == (share > 0)  # without a gate
+    assert one(MergeSession(ALIKE.with_(floor=0.5)), x, **ON_ITS_OWN) is not None, "so many merge in any case"
+    assert len(matches) == merged + 2
+
+
+def test_a_layer_is_asked_again_when_new_pairs_are_due(calibration: Path) -> None:
+    gate.write_table(calibration, {}, [{**ROW, "kept": 1, "always": 1}])
+    session = MergeSession(ALIKE.with_(refresh=SigmaRatio(4)))
+    run = [(0.0, 9.0), (1.0, 8.0), (1.0, 2.0), (0.0, 1.9), (0.0, 0.4)]
+    found = [one(session, some_alike(share), sigma, **ON_ITS_OWN) for share, sigma in run]
+    assert [pairing is not None for pairing in found] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("search", ["global", "local"])
+def test_each_image_of_a_batch_is_asked_for_itself(calibration: Path, search: str) -> None:
+    """One that would be left alone by itself stays as it is beside one that merges."""
+    gate.write_table(calibration, {}, [{**ROW, "kept": 100, "always": 100}])
+    x = torch.cat([some_alike(0.02), some_alike(0.5), some_alike(0.0)])
+    config = ALIKE.with_(search=search)
+    together = one(MergeSession(config), x, **ON_ITS_OWN)
+    assert together is not None
+    for row, alone in enumerate(one(MergeSession(config), x[row : row + 1], **ON_ITS_OWN) for row in range(3)):
+        rows = together.unmerge(together.merge(x))[row]
+        assert (alone is not None) == (row == 1)
+        torch.testing.assert_close(rows, x[row] if alone is None else alone.unmerge(alone.merge(x[row : row + 1]))[0])
+    assert one(MergeSession(config), x[[0, 2]], **ON_ITS_OWN) is None
 
 
 @pytest.mark.parametrize("least_tokens", [1, 1000])

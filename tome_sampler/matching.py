@@ -6,6 +6,7 @@ without a generator, without a copy from the host.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,9 @@ _SCORES_AT_ONCE = 1 << 25
 _SCORES_PER_NUMBER = 8
 """Nor more at once than so many for each number of the metric: as wide is a feed-forward, whose peak of memory matching
 must not pass. It acts where there are few channels for many tokens."""
+_APART = 13.618
+"""How many sources one of a sample is from the next: a tenth of a match's time. The golden section in it keeps samples
+out of step with any width of picture, which would take them from a few columns only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,20 +109,38 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     Products are taken in the metric's own precision, of vectors normalised in fp32; a zero vector is similar to
     nothing (0), never NaN, and so is one that a broken model gave: on CUDA a bad index would end the process.
     """
-    b, n, c = metric.shape
+    b, n, _ = metric.shape
     unit = _unit(metric).to(metric.dtype)
     index = dst.index.expand(b, -1)
     k = index.shape[1]
     src = dst.sources(n).expand(b, -1)
     # contiguous: over few channels the product of a transposed view takes twice as long on a CPU
-    candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).transpose(1, 2).contiguous()
-    sources = unit.gather(1, src[..., None].expand(-1, -1, c))
+    candidates = _tokens(unit, index).transpose(1, 2).contiguous()
+    sources = _tokens(unit, src)
     chunk = max(min(_SCORES_AT_ONCE, _SCORES_PER_NUMBER * metric.numel()) // max(b * k, 1), 1)
     best = [(part @ candidates).max(-1) for part in sources.split(chunk, 1)]
-    value, nearest = torch.cat([v for v, _ in best], 1).float().nan_to_num(0.0), torch.cat([i for _, i in best], 1)
+    value, nearest = best[0] if len(best) == 1 else (torch.cat(parts, 1) for parts in zip(*best, strict=True))
+    value = value.float().nan_to_num(0.0)
     score = value.new_full((b, n), -2.0).scatter_(1, src, value)
-    target = torch.arange(n, device=metric.device).repeat(b, 1).scatter_(1, src, index.gather(1, nearest))
+    target = torch.arange(n, device=metric.device).expand(b, -1).scatter(1, src, index.gather(1, nearest))
     return score, target
+
+
+def share_above(threshold: float, metric: Tensor, dst: Dst, penalty: Tensor | None = None) -> Tensor:
+    """The share (b) of the tokens whose score in a global match would be at least `threshold`, from a sample of them.
+
+    Args:
+        penalty: (b n) what is taken off each token's score. A local match's scores are no higher.
+    """
+    b, n, _ = metric.shape
+    index, src = dst.index.expand(b, -1), dst.sources(n).expand(b, -1)
+    k = index.shape[1]
+    few = src[:, (torch.arange(math.ceil(src.shape[1] / _APART), device=src.device) * _APART).long()]
+    ends = torch.arange(k, device=metric.device)[None]
+    score = global_match(_tokens(metric, torch.cat([index, few], 1)), Dst(ends, None))[0][:, k:]
+    if penalty is not None:
+        score = score - penalty.gather(1, few)
+    return (score >= threshold).float().mean(1) * (src.shape[1] / n)
 
 
 def local_match(
@@ -139,7 +161,7 @@ def local_match(
     down, right = tokens.shape[1] - rows, tokens.shape[2] - columns  # cells at the edge without a destination
     near = neighbourhood
     border = (near, near + right, near, near + down)
-    candidates = unit.gather(1, index[..., None].expand(-1, -1, c)).view(b, rows, columns, c)
+    candidates = _tokens(unit, index).view(b, rows, columns, c)
     candidates = F.pad(candidates, (0, 0, *border))
     where = F.pad(index.view(b, rows, columns), border, value=-1)
     best = tokens.new_full(tokens.shape[:-1], -2.0)
@@ -156,13 +178,13 @@ def local_match(
 
 def mean_similarity(metric: Tensor, token: Tensor, other: Tensor) -> Tensor:
     """Mean cosine similarity of pairs of tokens, (rows s) each."""
-    a, b = (metric.gather(1, i[..., None].expand(-1, -1, metric.shape[2])).float() for i in (token, other))
+    a, b = (_tokens(metric, i).float() for i in (token, other))
     return F.cosine_similarity(a, b, dim=-1, eps=1e-6).mean()
 
 
 def largest(key: Tensor, count: Tensor | int, most: int | None = None) -> Tensor:
-    """Mask (b n) of the `count` tokens, one number or one for each row (b 1), that have the largest keys (b n); of
-    equal keys the first ones, on every device. most: the largest of several counts.
+    """Mask (b n) of the `count` tokens, one number or one for each row (b 1), that have the largest keys (b n), none of
+    which is NaN; of equal keys the first ones, on every device. most: the largest of several counts.
 
     Nothing is sorted but the keys that several counts end at: on a CPU a fifth of the time at 4096 tokens.
     """
@@ -172,7 +194,7 @@ def largest(key: Tensor, count: Tensor | int, most: int | None = None) -> Tensor
         falling = key.topk(key.shape[1] if most is None else most, dim=1).values
         least = falling.gather(1, (count - 1).clamp(min=0).expand(len(key), 1))
     above = key > least
-    last = ~(key < least) & ~above  # NaN, from a model that is broken, too: counts stay what they are
+    last = key == least
     return above | (last & (last.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
@@ -182,6 +204,15 @@ def _places(mask: Tensor, k: int) -> Tensor:
     to = (mask.cumsum(1) - 1).where(mask, k)  # the others all go to one place too many
     token = torch.arange(n, device=mask.device).expand(b, n)
     return torch.empty(b, k + 1, dtype=torch.long, device=mask.device).scatter_(1, to, token)[:, :k]
+
+
+def _tokens(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens (b k c) of x (b n c) at an index (b k). Whole rows: `gather` with an index for each number takes ten
+    times as long on a CPU."""
+    b, n, c = x.shape
+    if b > 1:
+        index = index + torch.arange(0, b * n, n, device=x.device)[:, None]
+    return x.reshape(b * n, c).index_select(0, index.flatten()).view(b, -1, c)
 
 
 def _unit(metric: Tensor) -> Tensor:

@@ -104,11 +104,11 @@ class Pairing:
     @cached_property
     def flat_row(self) -> Tensor:
         """(b * n) the merged row of each token, counted through all batch rows."""
-        return (self.row + self._offset(self.size.shape[1])).flatten()
+        return self._flat(self.row, self.size.shape[1])
 
     @cached_property
     def _flat_head(self) -> Tensor:
-        return (self.head + self._offset(self.row.shape[1])).flatten()
+        return self._flat(self.head, self.row.shape[1])
 
     @cached_property
     def _inverse_size(self) -> Tensor:
@@ -128,14 +128,15 @@ class Pairing:
         """What each token of the order counts for in its row's mean."""
         if dtype not in self._weights:
             inverse = self.size.clamp(min=1).reciprocal().flatten()
-            # with the length told nothing waits for the device to learn it
-            weights = inverse.repeat_interleave(self.size.flatten().int(), output_size=self.row.numel())
-            self._weights[dtype] = weights.to(dtype)
+            self._weights[dtype] = inverse.index_select(0, self.flat_row.index_select(0, self._order)).to(dtype)
         return self._weights[dtype]
 
     @cached_property
     def _weights(self) -> dict[torch.dtype, Tensor]:
         return {}
 
-    def _offset(self, length: int) -> Tensor:
-        return torch.arange(self.row.shape[0], dtype=torch.int32, device=self.row.device)[:, None] * length
+    def _flat(self, index: Tensor, length: int) -> Tensor:
+        """An index into each batch row's `length` places, counted through all batch rows."""
+        b = len(index)
+        first = torch.arange(0, b * length, length, dtype=index.dtype, device=index.device)[:, None]
+        return (index + first if b > 1 else index).flatten()

@@ -25,6 +25,7 @@ from tome_sampler.matching import (
     local_match,
     mean_similarity,
     pool_dst,
+    share_above,
 )
 from tome_sampler.pairing import Pairing
 from tome_sampler.positions import position_features
@@ -294,7 +295,7 @@ class MergeSession:
             metric = position_features(grid, x.device).expand(b, -1, -1)
         pairing, made = None, None
         if config.ratio > 0 and self._active():
-            pairing, made = self._pairing(layer, x if metric is None else metric, grid, images, branches)
+            pairing, made = self._pairing(layer, x, x if metric is None else metric, grid, images, branches)
         if pairing is not None:
             self.largest = max(self.largest, x.numel())
         after = n if pairing is None else pairing.size.shape[1]
@@ -334,17 +335,24 @@ class MergeSession:
         if config.ratio <= 0:
             return False
         early = config.ratio if config.early is None else config.early.ratio
-        ratio = (config.ratio + early) / 2  # about half of a run is early
-        always = calls_served(config.refresh) < CALLS
+        # about half of a run is early
+        reason = self._does_not_pay((config.ratio + early) / 2, layer, n, channels, dtype, device)
+        if reason is not None:
+            self.note(reason)
+        return reason is not None
+
+    def _does_not_pay(
+        self, ratio: float, layer: Layer, n: int, channels: int, dtype: torch.dtype, device: str
+    ) -> str | None:
+        """Why a layer is better left alone than merged at a ratio > 0, or None."""
+        always = calls_served(self.config.refresh) < CALLS
         least = least_tokens(channels, dtype, device, ratio, always)
         if n < least:
-            self.note(f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')")
-            return True
+            return f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')"
         alone = self._alone(layer)
         if alone is None or pays_alone(alone, n, channels, device, ratio, always):
-            return False
-        self.note(f"{alone} of {n} tokens is left alone: without attn1 it does not pay on {device} (min_tokens='auto')")
-        return True
+            return None
+        return f"{alone} of {n} tokens is left alone: without attn1 it does not pay on {device} (min_tokens='auto')"
 
     def _alone(self, layer: Layer) -> str | None:
         """The part of a block whose savings must pay for the pairs that this layer is merged with, where that is not
@@ -419,7 +427,13 @@ class MergeSession:
 
     @torch.no_grad()
     def _pairing(
-        self, layer: Layer, metric: Tensor, grid: tuple[int, int], images: tuple[int, ...], branches: tuple[str, ...]
+        self,
+        layer: Layer,
+        x: Tensor,
+        metric: Tensor,
+        grid: tuple[int, int],
+        images: tuple[int, ...],
+        branches: tuple[str, ...],
     ) -> tuple[Pairing | None, bool]:
         """The cached pairing, one row per batch row, or a new one; and whether it is new."""
         n = metric.shape[1]
@@ -438,7 +452,8 @@ class MergeSession:
         made = cached is None or self._due(cached)
         if cached is None or made:
             with self.timed("matching", metric.device):
-                cached = self._make(layer, self._take(metric, rows), grid, tuple(images[r] for r in rows), branches)
+                tokens = self._take(metric, rows)
+                cached = self._make(layer, x, tokens, grid, tuple(images[r] for r in rows), branches)
             self._cache[key], self._grown = cached, True
         elif cached.similarity is not None and cached.maker == layer.name and cached.branches & set(branches):
             cached.lost = cached.similarity - mean_similarity(self._take(metric, rows), *cached.sample)
@@ -453,9 +468,15 @@ class MergeSession:
         return pairing, made
 
     def _make(
-        self, layer: Layer, metric: Tensor, grid: tuple[int, int], images: tuple[int, ...], branches: tuple[str, ...]
+        self,
+        layer: Layer,
+        x: Tensor,
+        metric: Tensor,
+        grid: tuple[int, int],
+        images: tuple[int, ...],
+        branches: tuple[str, ...],
     ) -> _Cached:
-        """Match the tokens of `metric` (rows n c) on a grid; row i is of the image images[i]."""
+        """Match the tokens of `metric` (rows n c) on a grid; row i is of the image images[i]. x: what is to merge."""
         n, prune = metric.shape[1], self._prunes(self._moment)
         config = self._now(self._as_early)
         r = int(n * config.ratio)
@@ -471,13 +492,17 @@ class MergeSession:
             dst = self._cells[cells]
         else:
             dst = grid_dst(grid, config.stride, metric.device, self._seed(layer) if config.random else None)
+        cached = _Cached(self._moment, self._evaluation, frozenset(branches), self._as_early, layer.name, None)
+        worth = None if in_pool is not None else self._worth(config, layer, x, metric, dst, rank)
+        if worth is not None and not any(worth):
+            return cached
         if config.search == "local":
             score, nearest = local_match(metric, dst, grid, config.stride, config.neighbourhood)
         else:
             score, nearest = global_match(metric, dst)
         key = score
         if rank is not None:
-            key = key - config.importance * rank
+            key = key.sub(rank, alpha=config.importance)
             if config.protect:
                 key = torch.where(rank >= 1 - config.protect, key - _ALWAYS, key)
             if in_pool is not None:
@@ -486,8 +511,7 @@ class MergeSession:
         most = min(r, n - dst.index.shape[1])
         if rank is not None and config.protect:  # nor does a ratio reach them
             most = max(min(most, n - dst.index.shape[1] - int(n * config.protect) - 1), 0)
-        count, m, most = _count(config, key, most)
-        cached = _Cached(self._moment, self._evaluation, frozenset(branches), self._as_early, layer.name, None)
+        count, m, most, total = _count(config, key, most, worth)
         if most == 0:
             return cached
         merged = largest(key, count, most)
@@ -501,8 +525,26 @@ class MergeSession:
             cached.sample = token, target.gather(1, token)
             cached.similarity = mean_similarity(metric, *cached.sample)
         share = score.new_full((), math.nan) if pooled is None else (pooled * merged).sum() / pooled.sum()
-        self.stats.measure(layer.name, (score * merged).sum() / merged.sum(), share)
+        self.stats.measure(layer.name, (score * merged).sum() / total, share)
         return cached
+
+    def _worth(
+        self, config: MergeConfig, layer: Layer, x: Tensor, metric: Tensor, dst: Dst, rank: Tensor | None
+    ) -> list[bool] | None:
+        """Whether merging what passes the threshold pays, for each row of the metric, by a sample that costs a tenth of
+        the match: the size gate where the ratio is not known beforehand. None: it pays at whatever passes."""
+        if config.threshold is None or config.min_tokens != "auto":
+            return None
+        _, n, channels = x.shape
+
+        def pays(ratio: float) -> bool:
+            ratio = min(max(ratio, config.floor), config.ratio)
+            return self._does_not_pay(ratio, layer, n, channels, x.dtype, x.device.type) is None
+
+        if pays(0.0):
+            return None
+        penalty = None if rank is None else config.importance * rank
+        return [pays(share) for share in share_above(config.threshold, metric, dst, penalty).tolist()]
 
     # -- run state
 
@@ -556,7 +598,9 @@ class MergeSession:
         return self._take(pooled, images), self._take(rank, images)
 
     def _take(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-        return x if rows == tuple(range(x.shape[0])) else x[self._on_device(rows, x.device)]
+        if rows == tuple(range(rows[0], rows[0] + len(rows))):  # nothing is copied
+            return x[rows[0] : rows[-1] + 1]
+        return x[self._on_device(rows, x.device)]
 
     def _on_device(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         if (rows, device) not in self._index:  # copied to the device once a run, not once a layer; nothing waits for it
@@ -570,18 +614,26 @@ class MergeSession:
         return zlib.crc32(repr((self.config.seed, block, level)).encode())
 
 
-def _count(config: MergeConfig, key: Tensor, most: int) -> tuple[Tensor | int, int, int]:
-    """How many tokens each row merges, the length of the merged sequence, and how many the row that merges most does.
-    Waits for the device only with a threshold, whose count the host must know."""
-    n = key.shape[1]
+def _count(
+    config: MergeConfig, key: Tensor, most: int, worth: list[bool] | None = None
+) -> tuple[Tensor | int, int, int, int]:
+    """How many tokens each row merges, the length of the merged sequence, how many the row that merges most does, and
+    all together. Waits for the device only with a threshold, whose count the host must know.
+
+    Args:
+        worth: which rows are merged at all; None: all of them.
+    """
+    b, n = key.shape
     if config.threshold is None:
-        return most, n - most, most
+        return most, n - most, most, b * most
     least = min(int(n * config.floor), most)
-    wanted = (key >= config.threshold).sum(1, keepdim=True).clamp(least, most)
+    found = (key >= config.threshold).sum(1).tolist()
+    merged = [min(max(count, least), most) * paid for count, paid in zip(found, worth or [True] * b, strict=True)]
     if config.batch_rule == "max":
-        wanted = wanted.amax(0, keepdim=True)
-    fewest, most = torch.stack(wanted.aminmax()).tolist()
-    return wanted, n - fewest, most
+        merged = [max(merged)] * b
+    fewest, most = min(merged), max(merged)
+    wanted = most if fewest == most else torch.tensor(merged, device=key.device)[:, None]
+    return wanted, n - fewest, most, sum(merged)
 
 
 def _grid_of(n: int, latent_size: tuple[int, int] | None) -> tuple[int, int] | None:
