@@ -36,12 +36,14 @@ def feed_forwards(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def watched(model: nn.Module) -> dict[str, list[int]]:
-    """How many tokens each feed-forward works on, call by call; looked at where no hook is seen."""
+    """How many tokens each feed-forward works on for two rows of a batch, call by call; looked at where no hook is
+    seen."""
     seen: dict[str, list[int]] = {}
     for name, layer in feed_forwards(model).items():
 
         def forward(x: Tensor, name: str = name, forward: Call = layer.forward) -> Tensor:
-            seen.setdefault(name, []).append(x.shape[1])
+            assert x.is_contiguous()
+            seen.setdefault(name, []).append(x.numel() // x.shape[-1] // 2)
             return forward(x)
 
         layer.forward = forward  # type: ignore[method-assign]
@@ -157,11 +159,23 @@ def test_halves_of_merged_tokens_give_the_same_tokens(host: tuple[nn.Module, Cal
     torch.testing.assert_close(halved, at_once)
 
 
-def test_an_odd_number_of_tokens_loses_none(ldm_unet: LdmUNet) -> None:
+@pytest.mark.parametrize(("b", "tokens"), [(1, [20, 20]), (2, [40, 40]), (3, [61, 60])])
+def test_an_odd_number_of_tokens_or_rows_loses_none(ldm_unet: LdmUNet, b: int, tokens: list[int]) -> None:
+    with merging(ldm_unet, CONFIG):
+        at_once = call_watched_by_others(ldm_unet, b)
     seen = watched(ldm_unet)
-    with merging(ldm_unet, CONFIG, branches=("uncond", "cond")):
-        call_ldm(ldm_unet, size=9)
-    assert seen["first.ff"] == [41, 40]
+    with merging(ldm_unet, CONFIG):
+        torch.testing.assert_close(call_ldm(ldm_unet, b=b, size=9), at_once)
+    assert seen["first.ff"] == tokens
+
+
+def call_watched_by_others(model: LdmUNet, b: int) -> Tensor:
+    """With hooks of others, for which feed-forwards run at once."""
+    kept = [layer.register_forward_hook(lambda *_: None) for layer in feed_forwards(model).values()]
+    try:
+        return call_ldm(model, b=b, size=9)
+    finally:
+        [handle.remove() for handle in kept]
 
 
 @pytest.mark.parametrize(
@@ -282,8 +296,9 @@ def test_a_feed_forward_that_takes_its_tokens_for_contiguous_can() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.view(-1, 16)).view(x.shape)
 
-    layer, x = Flat(16, 16), torch.randn(2, 64, 16)
-    torch.testing.assert_close(in_halves(layer, x), layer(x))
+    for b in (2, 3):
+        layer, x = Flat(16, 16), torch.randn(b, 64, 16)
+        torch.testing.assert_close(in_halves(layer, x), layer(x))
 
 
 def test_hooks_inside_of_a_feed_forward_see_all_tokens() -> None:

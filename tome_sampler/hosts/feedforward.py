@@ -105,7 +105,8 @@ class HalvedFeedForward:
             return None
         if _is_watched(module):
             return None  # somebody else wants to see all tokens
-        dim = 1 if x.shape[1] > x.shape[0] else 0
+        # halves of a batch are contiguous as they are, those of a sequence are copied
+        dim = 0 if x.shape[0] % 2 == 0 or x.shape[0] >= x.shape[1] else 1
         self._halved = x, dim
         return (x.tensor_split(2, dim)[0].contiguous(),), {}
 
