@@ -215,6 +215,11 @@ def test_a_sample_tells_how_many_pass_a_threshold(penalised: bool) -> None:
         assert (share == 0.0).tolist() == [not row.any() for row in passing]
 
 
+def test_a_sample_of_no_sources_has_none_that_pass() -> None:
+    dst = grid_dst((1, 1), 2, CPU, 1)
+    assert share_above(-1.0, torch.randn(2, 1, 3), dst).tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("width", [48, 52, 64, 76, 88, 96, 104, 116, 128, 152])
 def test_a_sample_has_tokens_of_all_of_the_picture(width: int) -> None:
     """Also of one whose width the distance between two of them would divide."""

@@ -64,7 +64,8 @@ class MergeConfig:
             transformer blocks, merged once, which give every token what its group's mean has gained.
         early_modules: which of them do in the run's early part, if there is one; None: as later.
         min_tokens: layers with fewer tokens are left alone. "auto": those where it would not pay on this kind of
-            device, see :mod:`tome_sampler.gate`. 0: none is.
+            device, see :mod:`tome_sampler.gate`; with a threshold also, until new pairs are due, those of whose tokens
+            too few pass it. 0: none is.
 
     Matching
         search: "global": among all destinations; "local": among those at most `neighbourhood` cells away.

@@ -40,6 +40,18 @@ class Dst:
             self._sources[n] = _places(is_source, n - k)
         return self._sources[n]
 
+    def sample(self, n: int) -> Tensor:
+        """(b s) some of the sources, from all over the picture."""
+        if n not in self._samples:
+            sources = self.sources(n)
+            count = math.ceil(sources.shape[1] / _APART)
+            self._samples[n] = sources[:, (torch.arange(count, device=sources.device) * _APART).long()]
+        return self._samples[n]
+
+    @cached_property
+    def _samples(self) -> dict[int, Tensor]:
+        return {}
+
     @cached_property
     def _sources(self) -> dict[int, Tensor]:
         return {}
@@ -111,16 +123,8 @@ def global_match(metric: Tensor, dst: Dst) -> tuple[Tensor, Tensor]:
     """
     b, n, _ = metric.shape
     unit = _unit(metric).to(metric.dtype)
-    index = dst.index.expand(b, -1)
-    k = index.shape[1]
-    src = dst.sources(n).expand(b, -1)
-    # contiguous: over few channels the product of a transposed view takes twice as long on a CPU
-    candidates = _tokens(unit, index).transpose(1, 2).contiguous()
-    sources = _tokens(unit, src)
-    chunk = max(min(_SCORES_AT_ONCE, _SCORES_PER_NUMBER * metric.numel()) // max(b * k, 1), 1)
-    best = [(part @ candidates).max(-1) for part in sources.split(chunk, 1)]
-    value, nearest = best[0] if len(best) == 1 else (torch.cat(parts, 1) for parts in zip(*best, strict=True))
-    value = value.float().nan_to_num(0.0)
+    index, src = dst.index.expand(b, -1), dst.sources(n).expand(b, -1)
+    value, nearest = _nearest(_tokens(unit, src), _tokens(unit, index), _SCORES_PER_NUMBER * metric.numel())
     score = value.new_full((b, n), -2.0).scatter_(1, src, value)
     target = torch.arange(n, device=metric.device).expand(b, -1).scatter(1, src, index.gather(1, nearest))
     return score, target
@@ -133,14 +137,12 @@ def share_above(threshold: float, metric: Tensor, dst: Dst, penalty: Tensor | No
         penalty: (b n) what is taken off each token's score. A local match's scores are no higher.
     """
     b, n, _ = metric.shape
-    index, src = dst.index.expand(b, -1), dst.sources(n).expand(b, -1)
-    k = index.shape[1]
-    few = src[:, (torch.arange(math.ceil(src.shape[1] / _APART), device=src.device) * _APART).long()]
-    ends = torch.arange(k, device=metric.device)[None]
-    score = global_match(_tokens(metric, torch.cat([index, few], 1)), Dst(ends, None))[0][:, k:]
+    few = dst.sample(n).expand(b, -1)
+    sources, candidates = (_unit(_tokens(metric, i)).to(metric.dtype) for i in (few, dst.index.expand(b, -1)))
+    score, _ = _nearest(sources, candidates, _SCORES_PER_NUMBER * metric.numel())
     if penalty is not None:
         score = score - penalty.gather(1, few)
-    return (score >= threshold).float().mean(1) * (src.shape[1] / n)
+    return (score >= threshold).sum(1) * ((1 - dst.index.shape[1] / n) / max(few.shape[1], 1))
 
 
 def local_match(
@@ -204,6 +206,17 @@ def _places(mask: Tensor, k: int) -> Tensor:
     to = (mask.cumsum(1) - 1).where(mask, k)  # the others all go to one place too many
     token = torch.arange(n, device=mask.device).expand(b, n)
     return torch.empty(b, k + 1, dtype=torch.long, device=mask.device).scatter_(1, to, token)[:, :k]
+
+
+def _nearest(sources: Tensor, candidates: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Each source's largest product with a candidate, fp32, and which it is: (b s) of (b s c) and (b k c). At most
+    `most` products are there at once."""
+    # contiguous: over few channels the product of a transposed view takes twice as long on a CPU
+    columns = candidates.transpose(1, 2).contiguous()
+    chunk = max(min(_SCORES_AT_ONCE, most) // max(columns.shape[0] * columns.shape[2], 1), 1)
+    best = [(part @ columns).max(-1) for part in sources.split(chunk, 1)]
+    value, nearest = best[0] if len(best) == 1 else (torch.cat(parts, 1) for parts in zip(*best, strict=True))
+    return value.float().nan_to_num(0.0), nearest
 
 
 def _tokens(x: Tensor, index: Tensor) -> Tensor:
