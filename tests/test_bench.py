@@ -389,7 +389,7 @@ def test_lengths_that_depend_on_the_picture_are_found_for_each_step(host: Host) 
     assert [{short.shape[1] for short in plan.values()} for plan in plans] == [{64}, {64}, {192}, {192}, {192}]
     row = next(row for row in rows_of(found, {}) if row["kind"] == "run" and row["method"] == "default")
     assert row["merged_fraction"] == pytest.approx((2 * 0.75 + 3 * 0.25) / 5)
-    assert "what default merge depends on the picture" in " ".join(found.notes)
+    assert "what default can merge depends on the picture" in " ".join(found.notes)
 
 
 @torch.no_grad()
@@ -936,13 +936,73 @@ def test_figures_say_which_command_made_them(monkeypatch: pytest.MonkeyPatch) ->
     assert report.machine(torch.device("cpu"))["command"] == "tome-sampler bench --methods default:ratio=0.7"
 
 
+_ROW = {"arch": "tiny", "batch": 1, "dtype": "fp32", "kind": "step", "steps": 1, "share_of_bound": None, "speedup": 1.0}
+
+
+def test_curves_are_of_whole_runs_where_there_are_any(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pyplot = report.plotter()
+    rows = [
+        {**_ROW, "method": method, "size": size, "kind": kind, "steps": 20 if kind == "run" else 1}
+        for method in ("plain", "default")
+        for size in (512, 768)
+        for kind in ("step", "run")
+    ]
+    for given, labels in ((rows, ["plain, run of 20", "default, run of 20"]), (rows[::2], ["plain", "default"])):
+        figures: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pyplot, "close", figures.append)
+            report.plot(pyplot, given, tmp_path / "bench.png")
+        assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == labels
+    pyplot.close("all")
+
+
+def test_what_was_measured_is_printed_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same table, of the methods that are named, without measuring anything."""
+    pytest.importorskip("matplotlib")
+    json_file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    measured = ["bench", "--arch", "tiny", "--quiet", "--quick", "--methods", "plain,bound,default", "--json"]
+    assert main([*measured, str(json_file)]) == 0
+    table = capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tome_sampler.bench.measure.measure", None)
+        assert main(["bench", "--read", str(json_file)]) == 0
+        assert capsys.readouterr().out == table
+        again = ["bench", "--read", f"{json_file},{json_file}", "--methods", "bound,plain", "--plot", str(picture)]
+        assert main(again) == 0
+    found = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in found.splitlines() if line.startswith("| ")]
+    assert rows == ["| method", "| bound", "| plain"] * 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "it cannot be read: No such file or directory"),
+        ("no", "it cannot be read: it is not JSON"),
+        ("[]", "it must be a file that tome-sampler bench --json has written"),
+        ('{"machine": {"load": [1, 2]}, "results": [{"method": "plain"}]}', "it must be a file that"),
+    ],
+)
+def test_a_file_that_is_none_of_ours_is_named(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["bench", "--read", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"read is '{path}'; {message}" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(("sizes", "count"), [((512,), 4), ((512,), 50), ((512, 768), 50)])
 def test_labels_of_a_picture_do_not_overlap(sizes: tuple[int, ...], count: int, tmp_path: Path) -> None:
     """However many there are; what has no share of a bound is drawn as all else."""
     pytest.importorskip("matplotlib")
     pyplot = report.plotter()
-    row = {"arch": "tiny", "batch": 1, "dtype": "fp32", "kind": "step", "steps": 1, "share_of_bound": None}
-    rows = [{**row, "method": f"m{i}", "size": size, "speedup": 1.0} for i in range(count) for size in sizes]
+    rows = [{**_ROW, "method": f"m{i}", "size": size} for i in range(count) for size in sizes]
     figures: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyplot, "close", figures.append)

@@ -27,6 +27,7 @@ examples:
   tome-sampler bench --arch sd15 --device cuda --dtype fp16 --backend flash --batch 1,4 --methods default:ratio=0.7
   tome-sampler bench --arch pixart --size 1024 --dtype bf16 --methods plain,bound,default
   tome-sampler bench --arch animatediff --frames 4 --dtype bf16 --methods plain,bound,default
+  tome-sampler bench --read 512.json,768.json,1024.json --methods plain,bound,tomesd,default --plot speed.png
   tome-sampler bench --calibrate --device cuda --dtype fp16
 """
 
@@ -105,18 +106,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output, besides the printed table")
     out.add_argument("--json", type=Path, metavar="FILE", help='everything: {"machine": ..., "results": [...]}')
     out.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="speed-ups as a picture (needs matplotlib)")
+    out.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="speed-ups as a picture (needs matplotlib): bars, or curves over several sizes, of whole runs if there "
+        "are any",
+    )
+    out.add_argument(
+        "--read",
+        metavar="FILE,FILE",
+        help="measure nothing: print and draw what --json has written before, of --methods if they are named",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         from tome_sampler.bench.calibrate import run as calibrate
 
-        if args.json or args.markdown or args.plot:
-            raise ValueError("--calibrate writes its own table; it goes with none of --json, --markdown and --plot")
+        if args.json or args.markdown or args.plot or args.read:
+            raise ValueError(
+                "--calibrate writes its own table; it goes with none of --json, --markdown, --plot and --read"
+            )
         return calibrate(args)
     from tome_sampler.bench import report
     from tome_sampler.bench.measure import measure
+    from tome_sampler.bench.reading import read
     from tome_sampler.bench.settings import Settings
     from tome_sampler.saving import require_place, write_whole
 
@@ -126,10 +141,17 @@ def run(args: argparse.Namespace) -> int:
             require_place(option, getattr(args, option))
     if args.plot:
         report.require_picture(args.plot)
-    for machine, rows in measure(Settings.of(args), progress=not args.quiet):
-        if args.json:  # what comes later may fail, or be stopped
-            report.write_json(args.json, machine, rows)
-    text = report.markdown(machine, rows)
+    if args.read:
+        if args.json:
+            raise ValueError("--read measures nothing; it does not go with --json")
+        before = read(args.read, args.methods)
+        text = "\n".join(report.markdown(machine, rows) for machine, rows in before)
+        rows = [row for _, rows in before for row in rows]
+    else:
+        for machine, rows in measure(Settings.of(args), progress=not args.quiet):
+            if args.json:  # what comes later may fail, or be stopped
+                report.write_json(args.json, machine, rows)
+        text = report.markdown(machine, rows)
     print(text, end="")
     if args.json:  # with what was noted last
         report.write_json(args.json, machine, rows)

@@ -97,7 +97,7 @@ def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         found = list(group)
         arch, size, batch = case
         first = found[0]
-        frames = f" of {first['frames']} frames" if first["frames"] else ""
+        frames = f" of {first['frames']} frames" if first.get("frames") else ""
         lines += [
             f"### {arch}, {size} x {size}, batch {batch}{frames} (x 2 for guidance), {first['dtype']}, "
             f"{first['device']}, attention {first['backend']}",
@@ -176,9 +176,11 @@ def require_picture(path: Path) -> None:
 
 
 def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed-ups: bars where there is one size, curves over sizes where there are more. Of the runs that are put
-    together, the usual one."""
+    """Speed-ups: bars where there is one size; where there are more, curves over them, of whole runs if there are any.
+    Of the runs that are put together, the usual one."""
     rows = [row for row in rows if row["kind"] != "composed" or row["steps"] == USUAL_STEPS]
+    if len({row["size"] for row in rows}) > 1:
+        rows = [row for row in rows if row["kind"] == "run"] or rows
     cases = list(dict.fromkeys((row["arch"], row["batch"]) for row in rows))
     lines = max(len({_label(row) for row in rows if (row["arch"], row["batch"]) == case}) for case in cases)
     size = 8 * len(cases), max(5.0, 1 + _LINE * lines)
@@ -197,7 +199,8 @@ def plot(pyplot: Any, rows: list[dict[str, Any]], path: Path) -> None:
             bases = list(dict.fromkeys(label.partition("/")[0] for label in labels))
             for label in labels:  # a colour for each method, a line style for each of its kinds of step
                 base, _, phase = label.partition("/")
-                colour = pyplot.get_cmap("tab20")(bases.index(base) % 20)
+                at = bases.index(base)
+                colour = pyplot.get_cmap("tab20")((2 * at + at // 10) % 20)  # the strong ones first
                 style = {"": "-", "reuse": ":"}.get(phase.rpartition(" ")[2], "--")
                 marker = "s" if phase.startswith("early") else "o"
                 points = sorted((row["size"], row["speedup"]) for row in shown if _label(row) == label)

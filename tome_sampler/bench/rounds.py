@@ -158,8 +158,8 @@ class Rounds:
         varying = [method.name for method in found.methods if method.varies and method.phases]
         if varying:
             found.notes.append(
-                f"what {', '.join(varying)} merge depends on the picture; single steps, and what is put together from "
-                "them, show it at one noise level of each part of a run, and whole runs (--steps) as it comes"
+                f"what {', '.join(varying)} can merge depends on the picture; single steps, and what is put together "
+                "from them, show it at one noise level of each part of a run, and whole runs (--steps) as it comes"
             )
         drifting = [m.name for m in found.methods if isinstance(m, Merged) and m.config.refresh.measures_drift]
         if drifting:
