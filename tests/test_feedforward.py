@@ -36,17 +36,18 @@ def feed_forwards(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def watched(model: nn.Module) -> dict[str, list[int]]:
-    """How many tokens each feed-forward works on for two rows of a batch, call by call; looked at where no hook is
-    seen."""
+    """How many tokens each feed-forward works on for two rows of a batch, call by call; looked at where neither a
+    hook is seen nor a forward of its own."""
     seen: dict[str, list[int]] = {}
     for name, layer in feed_forwards(model).items():
+        original = type(layer).forward
 
-        def forward(x: Tensor, name: str = name, forward: Call = layer.forward) -> Tensor:
+        def forward(layer: nn.Module, x: Tensor, name: str = name, forward: Call = original) -> Tensor:
             assert x.is_contiguous()
             seen.setdefault(name, []).append(x.numel() // x.shape[-1] // 2)
-            return forward(x)
+            return forward(layer, x)  # type: ignore[no-any-return]
 
-        layer.forward = forward  # type: ignore[method-assign]
+        layer.__class__ = type("Watched", (type(layer),), {"forward": forward})
     return seen
 
 
@@ -159,7 +160,7 @@ def test_halves_of_merged_tokens_give_the_same_tokens(host: tuple[nn.Module, Cal
     torch.testing.assert_close(halved, at_once)
 
 
-@pytest.mark.parametrize(("b", "tokens"), [(1, [20, 20]), (2, [40, 40]), (3, [61, 60])])
+@pytest.mark.parametrize(("b", "tokens"), [(1, [20, 20]), (2, [40, 40]), (3, [81, 40])])
 def test_an_odd_number_of_tokens_or_rows_loses_none(ldm_unet: LdmUNet, b: int, tokens: list[int]) -> None:
     with merging(ldm_unet, CONFIG):
         at_once = call_watched_by_others(ldm_unet, b)
@@ -299,6 +300,15 @@ def test_a_feed_forward_that_takes_its_tokens_for_contiguous_can() -> None:
     for b in (2, 3):
         layer, x = Flat(16, 16), torch.randn(b, 64, 16)
         torch.testing.assert_close(in_halves(layer, x), layer(x))
+
+
+def test_a_forward_that_was_replaced_sees_all_rows() -> None:
+    """It may be one that tells cond rows from others by their places, as LoRAs for one of them do."""
+    layer, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(2, 64, 16)
+    weights = torch.tensor([1.0, 2.0])[:, None, None]
+    original = layer[0].forward
+    layer[0].forward = lambda x: original(x) * weights  # type: ignore[method-assign]
+    torch.testing.assert_close(in_halves(layer, x), layer(x))
 
 
 def test_hooks_inside_of_a_feed_forward_see_all_tokens() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tome_sampler.hosts.compiled import is_compiling
 from tome_sampler.session import MergeSession
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -105,8 +106,9 @@ class HalvedFeedForward:
             return None
         if _is_watched(module):
             return None  # somebody else wants to see all tokens
-        # halves of a batch are contiguous as they are, those of a sequence are copied
-        dim = 0 if x.shape[0] % 2 == 0 or x.shape[0] >= x.shape[1] else 1
+        # rows of a batch are contiguous as they are, parts of a sequence are copied; but a compiler would make a graph
+        # for each size of a batch whose half is one row, or two
+        dim = 1 if is_compiling() or x.shape[0] == 1 or _is_patched(module) else 0
         self._halved = x, dim
         return (x.tensor_split(2, dim)[0].contiguous(),), {}
 
@@ -126,6 +128,11 @@ def _is_watched(layer: nn.Module) -> bool:
     if len(layer._forward_pre_hooks) > 1 or len(layer._forward_hooks) > 1:
         return True
     return any(part is not layer and (part._forward_pre_hooks or part._forward_hooks) for part in layer.modules())
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Whether somebody has replaced the forward of a layer or of a part of it, which may tell cond rows from others."""
+    return any("forward" in part.__dict__ for part in layer.modules())
 
 
 def _is_tokenwise(layer: nn.Module) -> bool:
