@@ -267,6 +267,19 @@ def test_packages_are_not_put_on_models_of_other_kinds() -> None:
     assert applicable(methods, SimpleNamespace(module=load_model()), asked=True) == (methods, [])  # type: ignore[arg-type]
 
 
+def test_the_cache_is_not_put_on_a_model_without_a_middle_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("DeepCache")
+    model: Any = SimpleNamespace(module=load_model())
+    monkeypatch.setitem(model.module.unet._modules, "mid_block", None)
+    methods, _ = read_methods("tomesd:ratio=0.5,default+deepcache")
+    with pytest.raises(
+        ValueError, match=r"default\+deepcache: made for U-Nets with a middle block, .* has none; leave"
+    ):
+        applicable(methods, model, asked=True)
+    kept, _ = applicable(methods, model, asked=False)
+    assert [method.label for method in kept] == ["plain", "tomesd:ratio=0.5"]
+
+
 # -- several processes
 
 

@@ -137,6 +137,40 @@ def test_a_layer_is_asked_again_when_new_pairs_are_due(calibration: Path) -> Non
     assert [pairing is not None for pairing in found] == [False, False, True, True, False]
 
 
+def test_where_drift_is_measured_a_layer_is_asked_again_when_sigma_has_halved(calibration: Path) -> None:
+    """What was left alone does not drift."""
+    gate.write_table(calibration, {}, [{**ROW, "kept": 1, "always": 1}])
+    session = MergeSession(ALIKE.with_(refresh=Drift(0.1)))
+    run = [(0.0, 9.0), (1.0, 8.0), (1.0, 4.0), (1.0, 0.4)]
+    found = [one(session, some_alike(share), sigma, **ON_ITS_OWN) for share, sigma in run]
+    assert [pairing is not None for pairing in found] == [False, False, True, True]
+    assert [sum(layer.pairings_made for layer in call.layers.values()) for call in session.stats.calls] == [0, 0, 1, 0]
+
+
+def test_where_the_most_that_may_merge_does_not_pay_nothing_is_sampled(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As later in a run whose early part merges more, and pays."""
+    gate.write_table(calibration, {}, [{**ROW, "kept": 700, "always": 700}])
+    monkeypatch.setattr("tome_sampler.session.share_above", None)
+    config = ALIKE.with_(ratio=0.1, early_ratio=0.9, early_sigma=5.0)
+    session = MergeSession(config)
+    found = [one(session, some_alike(1.0), sigma, **ON_ITS_OWN) for sigma in (9.0, 4.0)]
+    assert [pairing is not None for pairing in found] == [True, False]
+
+
+def test_a_batch_of_which_one_image_merges_is_merged(calibration: Path) -> None:
+    """Though its sequence is as long as before: the picture is another one."""
+    gate.write_table(calibration, {}, [{**ROW, "kept": 100, "always": 100}])
+    session = MergeSession(ALIKE)
+    x = torch.cat([some_alike(0.5), some_alike(0.0)])
+    pairing = one(session, x, **ON_ITS_OWN)
+    assert pairing is not None
+    assert session.stats.merged
+    session.take_back(Layer("x", 0), x, pairing)
+    assert not session.stats.merged
+
+
 @pytest.mark.parametrize("search", ["global", "local"])
 def test_each_image_of_a_batch_is_asked_for_itself(calibration: Path, search: str) -> None:
     """One that would be left alone by itself stays as it is beside one that merges."""

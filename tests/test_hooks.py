@@ -58,6 +58,22 @@ def call_ldm(model: nn.Module, t: int = 500, b: int = 2, size: int = 8) -> Tenso
         return model(x, torch.full((b,), t), context=context)
 
 
+@pytest.mark.parametrize("modules", [("attn1",), ("block",)])
+def test_a_model_merges_whatever_torch_s_default_precision_is(modules: tuple[str, ...]) -> None:
+    model, config = LdmUNet().eval(), CONFIG.with_(modules=modules)
+    arguments = torch.randn(2, 4, 8, 8), torch.full((2,), 500)
+    context = torch.randn(2, 3, 8)
+    with merging(model, config), torch.no_grad():
+        expected = model(*arguments, context=context)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with merging(model, config) as session, torch.no_grad():
+            assert torch.equal(model(*arguments, context=context), expected)
+        assert session.stats.merged
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(params=["diffusers", "ldm"])
 def host(request: pytest.FixtureRequest) -> tuple[nn.Module, Call]:
     if request.param == "diffusers":

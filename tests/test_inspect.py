@@ -72,7 +72,31 @@ def test_what_pairs_keep_is_followed() -> None:
     assert kept[2][0] < 0.3 < kept[2][2]  # old pairs have come apart, new ones are the best that there are
 
 
-def watched(sigma: float, similarity: float, kept: list[float]) -> Watched:
+def test_a_call_sees_what_the_run_would_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size gate asks how many calls a match serves, and the run's own policy says so. What it leaves alone has
+    pairs that are followed all the same; where no token passes there are none."""
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        "tome_sampler.session.least_tokens",
+        lambda *args: (asked.append(args[-1]), 65 if args[-1] or args[3] < 0.3 else 1)[1],
+    )
+    config = CONFIG.with_(min_tokens="auto", threshold=0.9, floor=0.0, refresh=SigmaRatio(4.0))
+    config = config.with_(threshold=0.99)
+    none, few = torch.randn(1, 64, 16), torch.randn(1, 64, 16)
+    few[:, :12] = 1.0  # eight of them are sources
+    calls = look_at(few, cells(0), cells(0), none, config=config).calls
+    assert not any(asked)
+    assert [call.layers["attn1"].merged for call in calls] == [0, 0.5, 0.5, 0]
+    first, second, third, last = (call.layers["attn1"].kept for call in calls)
+    assert first == pytest.approx([1.0])
+    assert second[1] == third[1] == third[2] == pytest.approx(1.0)
+    assert last[3] is None
+    lost, made = reuse(calls, config, SigmaRatio(12.0))
+    assert made == 0.25
+    assert lost == pytest.approx(2 / 3 * (1 - second[0]))  # type: ignore[operator]
+
+
+def watched(sigma: float, similarity: float, kept: list[float | None]) -> Watched:
     histogram = [0.0] * BINS
     histogram[round((similarity + 1) * BINS / 2)] = 1.0
     return Watched(sigma, {"a": Look(64, histogram, 0.5, None, kept)})

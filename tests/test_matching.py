@@ -215,6 +215,17 @@ def test_a_sample_tells_how_many_pass_a_threshold(penalised: bool) -> None:
         assert (share == 0.0).tolist() == [not row.any() for row in passing]
 
 
+@pytest.mark.parametrize("grid", [(1, 2), (2, 3), (5, 1), (8, 8), (17, 23), (167, 263), (131, 333), (258, 416)])
+def test_a_sample_is_of_the_sources_and_small_but_for_small_pictures(grid: tuple[int, int]) -> None:
+    """At 167 x 263 and the two after it the last one's place, rounded, would be one beyond the last source."""
+    n = grid[0] * grid[1]
+    dst = cell_dst(torch.zeros(1, n), grid, 2)
+    sources, sample = dst.sources(n)[0].tolist(), dst.sample(n)[0].tolist()
+    assert set(sample) <= set(sources)
+    assert len(set(sample)) >= 0.9 * len(sample)  # two of neighbouring parts may be one
+    assert len(sample) == min(max(math.ceil(len(sources) / 14), 32), len(sources))
+
+
 def test_a_sample_of_no_sources_has_none_that_pass() -> None:
     dst = grid_dst((1, 1), 2, CPU, 1)
     assert share_above(-1.0, torch.randn(2, 1, 3), dst).tolist() == [0.0, 0.0]

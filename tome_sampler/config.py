@@ -42,7 +42,8 @@ class MergeConfig:
             that is. 0 changes nothing, in no part of the run. Raising it is faster and less exact.
         threshold: cosine similarity, -1 .. 1, from which a token is merged (CA-ToMe), or None: always `ratio`.
             What it merges depends on the model's features; look at the statistics.
-        floor: with a threshold, the least that is merged, 0 .. 1 (never above `ratio`).
+        floor: with a threshold, the least that is merged, 0 .. 1 (never above `ratio`), of a layer that is: with
+            `min_tokens="auto"` one is left alone where no more than that is alike and it would not pay.
         early_ratio: fraction that is merged away while sigma is above `early_sigma` and the picture is still mostly
             noise, whatever the threshold; 0 .. 0.99, or None: as later. Cells are then as large as it needs.
         early_sigma: where that ends, > 0. Noise levels are those of k-diffusion, in multiples of the latent's scale.

@@ -6,7 +6,6 @@ without a generator, without a copy from the host.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,9 +18,9 @@ _SCORES_AT_ONCE = 1 << 25
 _SCORES_PER_NUMBER = 8
 """Nor more at once than so many for each number of the metric: as wide is a feed-forward, whose peak of memory matching
 must not pass. It acts where there are few channels for many tokens."""
-_APART = 13.618
-"""How many sources one of a sample is from the next: a tenth of a match's time. The golden section in it keeps samples
-out of step with any width of picture, which would take them from a few columns only."""
+_SAMPLED = 14
+"""One of so many sources is in a sample, which takes a tenth of a match's time."""
+_FEWEST_SAMPLED = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +43,13 @@ class Dst:
         """(b s) some of the sources, from all over the picture."""
         if n not in self._samples:
             sources = self.sources(n)
-            count = math.ceil(sources.shape[1] / _APART)
-            self._samples[n] = sources[:, (torch.arange(count, device=sources.device) * _APART).long()]
+            length = sources.shape[1]
+            count = min(max(-(-length // _SAMPLED), _FEWEST_SAMPLED), length)
+            # one from anywhere in each of equal parts: even steps may be in step with the picture's width, and take a
+            # sample from a few columns only. In whole numbers, as a rounded one could be one too large
+            within = (hashed_uniform(count, 0, sources.device) * 2**24).long()
+            places = ((torch.arange(count, device=sources.device) << 24) + within) * length // max(count, 1) >> 24
+            self._samples[n] = sources[:, places] if count < length else sources
         return self._samples[n]
 
     @cached_property
@@ -142,7 +146,7 @@ def share_above(threshold: float, metric: Tensor, dst: Dst, penalty: Tensor | No
     score, _ = _nearest(sources, candidates, _SCORES_PER_NUMBER * metric.numel())
     if penalty is not None:
         score = score - penalty.gather(1, few)
-    return (score >= threshold).sum(1) * ((1 - dst.index.shape[1] / n) / max(few.shape[1], 1))
+    return (score >= threshold).sum(1, dtype=torch.float32) * ((1 - dst.index.shape[1] / n) / max(few.shape[1], 1))
 
 
 def local_match(

@@ -32,7 +32,7 @@ def group_map(picture: Tensor, target: Tensor, grid: tuple[int, int], size: int 
     h, w = grid
     tokens = rearrange(F.adaptive_avg_pool2d(picture[None], grid), "1 c h w -> (h w) c")
     total = torch.zeros_like(tokens).index_add_(0, target, tokens)
-    count = torch.zeros(h * w, device=tokens.device).index_add_(0, target, torch.ones(h * w, device=tokens.device))
+    count = tokens.new_zeros(h * w).index_add_(0, target, tokens.new_ones(h * w))
     grouped = rearrange((total / count.clamp(min=1)[:, None])[target], "(h w) c -> c h w", h=h)
     scale = max(size // max(h, w), 1)
     grouped = grouped.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -46,7 +46,9 @@ class Pairing:
         b, n = target.shape
         own = torch.arange(n, device=target.device)
         row = ((target == own).cumsum(1) - 1).gather(1, target)
-        size = torch.zeros(b, m, device=target.device).scatter_add_(1, row, torch.ones_like(row, dtype=torch.float32))
+        # the precision is named wherever a tensor begins: torch's default is the host's to choose
+        size = torch.zeros(b, m, device=target.device, dtype=torch.float32)
+        size.scatter_add_(1, row, torch.ones_like(row, dtype=torch.float32))
         head = torch.zeros(b, m, dtype=torch.int32, device=target.device).scatter_(1, row, target.int())
         return cls(row.int(), size, head, prune, padded)
 
@@ -83,7 +85,7 @@ class Pairing:
                 self._order, flat, self._offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
             )
             return bags.view(b, m, c)
-        total = torch.zeros(b * m, c, device=x.device).index_add_(0, self.flat_row, flat.float())
+        total = torch.zeros(b * m, c, device=x.device, dtype=torch.float32).index_add_(0, self.flat_row, flat.float())
         return (total * self._inverse_size).to(x.dtype).view(b, m, c)
 
     def unmerge(self, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from tome_sampler.matching import (
 )
 from tome_sampler.pairing import Pairing
 from tome_sampler.positions import position_features
-from tome_sampler.refresh import Clock, Moment, calls_served
+from tome_sampler.refresh import Clock, Moment, SigmaRatio, calls_served
 from tome_sampler.stats import Stats
 
 log = logging.getLogger("tome_sampler")
@@ -299,7 +299,7 @@ class MergeSession:
         if pairing is not None:
             self.largest = max(self.largest, x.numel())
         after = n if pairing is None else pairing.size.shape[1]
-        self.stats.count(layer.name, n * b, after * b, made)
+        self.stats.count(layer.name, n * b, after * b, None if pairing is None else made)
         return pairing
 
     def take_back(self, layer: Layer, x: Tensor, pairing: Pairing) -> None:
@@ -416,6 +416,8 @@ class MergeSession:
             return True
         if self._prunes(made_at) != self._prunes(now) or cached.early != self._as_early:
             return True
+        if cached.pairing is None and self.config.refresh.measures_drift:  # what was not merged does not drift
+            return SigmaRatio().due(made_at, now, 0.0)
         return self.config.refresh.due(made_at, now, cached.drift)
 
     def _now(self, early: bool) -> MergeConfig:
@@ -519,7 +521,7 @@ class MergeSession:
         # the row that merges least is as long as the sequence: others are shorter where it does not merge the most
         cached.pairing = Pairing.from_target(target, m, prune, padded=m + most > n)
         if config.refresh.measures_drift:
-            place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device) * (count - 1)
+            place = torch.linspace(0, 1, _DRIFT_SAMPLE, device=key.device, dtype=torch.float32) * (count - 1)
             order = key.argsort(dim=1, descending=True, stable=True)
             token = order.gather(1, place.long().clamp(min=0).expand(len(images), -1))
             cached.sample = token, target.gather(1, token)
@@ -543,6 +545,8 @@ class MergeSession:
 
         if pays(0.0):
             return None
+        if not pays(1.0):
+            return [False] * len(metric)
         penalty = None if rank is None else config.importance * rank
         return [pays(share) for share in share_above(config.threshold, metric, dst, penalty).tolist()]
 

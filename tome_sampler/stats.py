@@ -84,12 +84,16 @@ class Stats:
 
     def take_back(self, layer: str, before: int, after: int) -> None:
         """A layer that was counted has run on all its tokens, because of an error before it began."""
-        self._layer(layer).tokens_after += before - after
+        stats = self._layer(layer)
+        stats.tokens_after += before - after
+        stats.pairings_made = stats.pairings_reused = 0
 
     @property
     def merged(self) -> bool:
-        """Whether any layer has run on merged tokens."""
-        return any(layer.tokens_after < layer.tokens_before for call in self.calls for layer in call.layers.values())
+        """Whether any layer has run on merged tokens; of a batch perhaps on one image's, beside another's that is as
+        long as before."""
+        layers = (layer for call in self.calls for layer in call.layers.values())
+        return any(layer.pairings_made or layer.pairings_reused for layer in layers)
 
     def measure(self, layer: str, similarity: Tensor, importance: Tensor) -> None:
         """New pairs were made: the mean similarity of the merged tokens, and their share of importance (or NaN)."""

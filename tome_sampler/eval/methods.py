@@ -197,14 +197,20 @@ def applicable(methods: Sequence[Method], model: Model, *, asked: bool) -> tuple
     Raises:
         ValueError: a package that was asked for is made for other models: it would run another one, or fail.
     """
-    kind = type(_patched_module(model.module))
-    foreign = [method.label for method in methods if method.package is not None]
-    if not foreign or "UNet2DConditionModel" in [base.__name__ for base in kind.__mro__]:
+    module = _patched_module(model.module)
+    kind = type(module)
+    if "UNet2DConditionModel" not in [base.__name__ for base in kind.__mro__]:
+        foreign = [method for method in methods if method.package is not None]
+        reason = f"made for UNet2DConditionModel, and this model is {kind.__name__}"
+    else:
+        foreign = [method for method in methods if method.package == CACHES and module.mid_block is None]
+        reason = "made for U-Nets with a middle block, and this model has none"
+    if not foreign:
         return list(methods), []
-    said = f"{', '.join(foreign)}: made for UNet2DConditionModel, and this model is {kind.__name__}"
+    said = f"{', '.join(method.label for method in foreign)}: {reason}"
     if asked:
         raise ValueError(f"{said}; leave them out of --methods")
-    return [method for method in methods if method.package is None], [f"Not in the table: {said}."]
+    return [method for method in methods if method not in foreign], [f"Not in the table: {said}."]
 
 
 def _check(method: Method) -> None:

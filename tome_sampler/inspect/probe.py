@@ -14,7 +14,6 @@ from tome_sampler.config import MergeConfig
 from tome_sampler.hosts.modules import attached
 from tome_sampler.matching import global_match, grid_dst, mean_similarity
 from tome_sampler.pairing import Pairing
-from tome_sampler.refresh import Always
 from tome_sampler.session import Layer, MergeSession, ModelCall
 
 BINS = 200
@@ -29,14 +28,15 @@ class Look:
     tokens: n. histogram: (BINS,) shares of the sources, over their best cosine similarity to a destination, the first
     token of each cell (Saghatchian et al. 2025, figure 2). merged: share of the tokens that the configuration would
     merge. jaccard: distance between the pairs of this call and those of the one before, 0 .. 1, None in the first
-    (figure 4). kept: for each call so far, this one last, the mean similarity that its pairs have now.
+    (figure 4). kept: for each call so far, this one last, the mean similarity that its pairs have now, None
+    where it had none.
     """
 
     tokens: int
     histogram: list[float]
     merged: float
     jaccard: float | None
-    kept: list[float]
+    kept: list[float | None]
 
 
 @dataclass
@@ -51,28 +51,37 @@ class Probe(MergeSession):
     """Pairs are made anew in each call and not used: the run stays plain. ``calls`` holds what was seen in it."""
 
     def __init__(self, config: MergeConfig, sigmas: list[float] | None = None) -> None:
-        config = config.with_(refresh=Always(), share_layers=False, start=0.0, end=1.0, prune_until=0.0)
-        super().__init__(config, sigmas, restarts=True)
+        # the policy stays, as the size gate asks how many calls a match will serve
+        super().__init__(config.with_(share_layers=False, start=0.0, end=1.0, prune_until=0.0), sigmas, restarts=True)
 
     def reset(self, sigmas: Sequence[float] | None = None) -> None:
         super().reset(sigmas)
         self.calls: list[Watched] = []
         self._targets: dict[str, Tensor] = {}  # of the call before
-        self._samples: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._samples: dict[str, list[tuple[Tensor, Tensor] | None]] = {}
 
     def begin(self, call: ModelCall) -> None:
         if call.sigma is not None:
             self.calls.append(Watched(call.sigma))
         super().begin(call)
+        if self._part == 0:  # not the same evaluation's call for the other branch
+            self._cache.clear()
 
     def merge(
         self, layer: Layer, x: Tensor, metric: Tensor | None = None, grid: tuple[int, int] | None = None
     ) -> Pairing | None:
+        self._pays = True
         pairing = super().merge(layer, x, metric, grid)
         if self.calls and self.stats.calls and layer.name in self.stats.calls[-1].layers:  # of a merged level
             b, n, _ = x.shape
             target = torch.arange(n, device=x.device).repeat(b, 1) if pairing is None else pairing.target
             self.calls[-1].layers[layer.name] = self._look(layer, x if metric is None else metric, target)
+        return None
+
+    def _worth(self, *args: Any) -> list[bool] | None:
+        """Pairs that would not pay are made all the same: how long they last is asked of other thresholds, too."""
+        worth = super()._worth(*args)
+        self._pays = worth is None or any(worth)
         return None
 
     @torch.no_grad()
@@ -96,13 +105,13 @@ class Probe(MergeSession):
         least = int((target != own).sum(1).min())
         place = torch.linspace(0, max(least - 1, 0), min(_SAMPLE, max(least, 1)), device=target.device).long()
         token = order[:, place]
-        samples.append((token, target.gather(1, token)))
+        samples.append((token, target.gather(1, token)) if least else None)
         return Look(
             tokens=n,
             histogram=histogram.tolist(),
-            merged=float((target != own).float().mean()),
+            merged=float((target != own).float().mean()) if self._pays else 0.0,
             jaccard=jaccard,
-            kept=[float(mean_similarity(metric, *sample)) for sample in samples],
+            kept=[None if sample is None else float(mean_similarity(metric, *sample)) for sample in samples],
         )
 
 

@@ -77,9 +77,9 @@ def merged_share(calls: Sequence[Watched], config: MergeConfig, threshold: float
 
 def reuse(calls: Sequence[Watched], config: MergeConfig, refresh: SigmaRatio) -> tuple[float, float]:
     """What keeping pairs by a policy loses in mean similarity against new ones in each call, and the share of calls
-    with new ones, where the run's early part ends among them."""
+    with new ones, where the run's early part ends among them. A call that merges nothing loses nothing."""
     lost: list[float] = []
-    made = 0
+    made = looked = 0
     for name in dict.fromkeys(name for call in calls for name in call.layers):
         seen = [(call.sigma, call.layers[name].kept) for call in calls if name in call.layers]
         since = 0
@@ -88,5 +88,8 @@ def reuse(calls: Sequence[Watched], config: MergeConfig, refresh: SigmaRatio) ->
             due = made_at >= sigma * refresh.ratio * (1 - 1e-6) or made_at < sigma * (1 - 1e-3)
             if now == 0 or due or config.is_early(made_at) != config.is_early(sigma):
                 since, made = now, made + 1
-            lost.append(kept[now] - kept[since])
-    return sum(lost) / len(lost), made / len(lost)
+            looked += 1
+            latest, oldest = kept[now], kept[since]
+            if latest is not None and oldest is not None:
+                lost.append(latest - oldest)
+    return sum(lost) / max(len(lost), 1), made / looked
