@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -137,7 +138,7 @@ def test_methods_take_turns(host: Host) -> None:
     assert [rotated("abc", n) for n in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
     calls: list[str] = []
     methods = [Noted(name, host, calls) for name in "abc"]
-    found = Rounds(host, methods, repeats=3, steps=[2], bound=False).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=3, steps=[2], bound=False).measure(tqdm(disable=True))
     # a warm-up round, three timed ones, one under the profiler, a run of two steps
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc" + "abc" + "bca"
     assert {name: len(taken) for name, taken in found.steps.items()} == {"a": 3, "b": 3, "c": 3}
@@ -164,7 +165,7 @@ def test_each_kind_of_step_is_measured_in_its_part_of_the_run(host: Host, monkey
     ours = Watched("default", host, EARLY)
     ours.noted = set()
     turns = 7  # plain, two of zero_overhead, four of ours: every one is once the first of its round
-    found = Rounds(host, [Method("plain", host), ours], repeats=turns, steps=[], bound=False).measure(
+    *_, found = Rounds(host, [Method("plain", host), ours], repeats=turns, steps=[], bound=False).measure(
         tqdm(disable=True)
     )
     assert {len(taken) for taken in found.steps.values()} == {turns}
@@ -184,7 +185,7 @@ def test_each_kind_of_step_is_measured_in_its_part_of_the_run(host: Host, monkey
 def made_up(host: Host, config: MergeConfig, seconds: dict[str, float]) -> dict[tuple[str, int], dict[str, Any]]:
     """Rows by method and number of steps, as if single steps had taken so long."""
     methods = [Method("plain", host), Merged("default", host, config)]
-    found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
     assert found.steps.keys() == seconds.keys()
     found.steps = {name: [Taken(s, s), Taken(2 * s, 2 * s)] for name, s in seconds.items()}
     return {(row["method"], row["steps"]): row for row in rows_of(found, {})}
@@ -223,7 +224,7 @@ def test_what_is_merged_counts_once_for_a_block_whichever_of_its_parts_it_is(
     host: Host, modules: tuple[str, ...], early: tuple[str, ...]
 ) -> None:
     methods = [Method("plain", host), Merged("default", host, EARLY.with_(modules=modules, early_modules=early))]
-    found = Rounds(host, methods, repeats=1, steps=[], bound=False).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[], bound=False).measure(tqdm(disable=True))
     rows = {(row["method"], row["steps"]): row for row in rows_of(found, {})}
     assert rows["default", 20]["merged_fraction"] == pytest.approx((7 * 0.75 + 13 * 0.5) / 20)
 
@@ -246,7 +247,7 @@ def test_what_a_run_loses_is_of_its_own_steps(host: Host, config: MergeConfig) -
     """Each beside the same step of its zero_overhead, whatever single steps take; also where drift decides."""
     pytest.importorskip("tomesd")
     methods = [Method("plain", host), Merged("default", host, config), TomeSd("tomesd", host, {"ratio": 0.5})]
-    found = Rounds(host, methods, repeats=1, steps=[10], bound=False).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[10], bound=False).measure(tqdm(disable=True))
     kinds = found.kinds[10]["default"]
     assert kinds[0] == "refresh"
     assert len(kinds) == 10
@@ -269,7 +270,7 @@ def test_a_share_is_of_what_the_same_settings_could_reach(host: Host) -> None:
     """Of plain, of the first one; none where nothing gets shorter, as in other packages' tiles and caches."""
     early = Merged("late", host, HALF.with_(start=0.5, modules=("block",)))
     methods = [Method("plain", host), Merged("default", host, HALF), early, Method("hypertile", host)]
-    found = Rounds(host, methods, repeats=1, steps=[4], bound=True).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[4], bound=True).measure(tqdm(disable=True))
     seconds = {"plain": 8.0, "bound": 1.0, "bound:late": 2.0, "zero_overhead": 4.0, "zero_overhead:late": 6.0}
     seconds |= {"default": 5.0, "late": 7.0, "hypertile": 3.0}
     assert {method.name for method in found.methods} == seconds.keys()
@@ -384,7 +385,10 @@ def test_limits_follow_the_parts_of_a_run(host: Host) -> None:
 
 def test_lengths_that_depend_on_the_picture_are_found_for_each_step(host: Host) -> None:
     methods = [Method("plain", host), Merged("default", host, EARLY.with_(threshold=1.0, floor=0.25))]
-    found = Rounds(host, methods, repeats=1, steps=[5], bound=False).measure(tqdm(disable=True))
+    bar = tqdm(file=io.StringIO())
+    stages = [(f, bar.total - bar.n) for f in Rounds(host, methods, repeats=1, steps=[5], bound=False).measure(bar)]
+    assert [to_come for _, to_come in stages] == [3 * 5, 0]  # plain, the limit and ours
+    found, _ = stages[-1]
     plans = found.plans["default"].runs[5]
     assert [{short.shape[1] for short in plan.values()} for plan in plans] == [{64}, {64}, {192}, {192}, {192}]
     row = next(row for row in rows_of(found, {}) if row["kind"] == "run" and row["method"] == "default")
@@ -482,7 +486,7 @@ def test_a_package_that_fails_costs_its_row_only(host: Host, monkeypatch: pytest
 
     monkeypatch.setattr("tomesd.apply_patch", fail)
     methods = [Method("plain", host), TomeSd("tomesd", host, {})]
-    found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
     assert found.steps.keys() == {"plain"}
     assert found.notes == ["tomesd does not run on tiny: TypeError: no such argument"]
 
@@ -680,7 +684,7 @@ def test_each_model_is_measured_at_the_sizes_that_it_has(tmp_path: Path, caplog:
 
 def test_pairs_that_are_made_anew_by_what_is_seen_are_noted(host: Host) -> None:
     methods = [Method("plain", host), Merged("default", host, HALF.with_(refresh=Drift(0.1)))]
-    found = Rounds(host, methods, repeats=1, steps=[], bound=False).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[], bound=False).measure(tqdm(disable=True))
     assert any(note.startswith("when default make pairs anew depends on the picture") for note in found.notes)
 
 
@@ -695,7 +699,9 @@ def test_a_package_that_fails_later_costs_its_row_only(host: Host, monkeypatch: 
         return Method.call(method, *args)
 
     monkeypatch.setattr(method, "call", fail)
-    found = Rounds(host, [Method("plain", host), method], repeats=2, steps=[], bound=False).measure(tqdm(disable=True))
+    *_, found = Rounds(host, [Method("plain", host), method], repeats=2, steps=[], bound=False).measure(
+        tqdm(disable=True)
+    )
     assert found.notes == ["tomesd does not run on tiny: RuntimeError: no more"]
     assert "tomesd" not in {row["method"] for row in rows_of(found, {})}
     assert len(found.steps["plain"]) == 2
@@ -721,13 +727,28 @@ def test_what_does_not_fit_into_memory_costs_its_rows_only(tmp_path: Path, monke
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(settings: Settings, progress: bool) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        yield {}, [{"method": "plain"}]
-        raise KeyboardInterrupt
+    """What was measured before a run was stopped is kept, and said not to be all."""
+    whole = Rounds._run
 
-    monkeypatch.setattr("tome_sampler.bench.measure.measure", stopped)
-    assert main(["bench", "--arch", "tiny", "--quiet", "--json", str(tmp_path / "b.json")]) == 130
-    assert json.loads((tmp_path / "b.json").read_text())["results"] == [{"method": "plain"}]
+    def stopped(rounds: Rounds, length: int) -> None:
+        if length == 3:
+            raise KeyboardInterrupt
+        whole(rounds, length)
+
+    monkeypatch.setattr(Rounds, "_run", stopped)
+    given = ["bench", "--arch", "tiny", "--methods", "plain,default", "--repeats", "1", "--steps", "2,3", "--quiet"]
+    assert main([*given, "--json", str(tmp_path / "b.json")]) == 130
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert {(row["kind"], row["steps"]) for row in written["results"] if row["method"] == "plain"} == {
+        ("step", 1),
+        ("run", 2),
+    }
+    assert any(note.endswith("stopped before its runs of 3 steps ended") for note in written["machine"]["notes"])
+    monkeypatch.undo()
+    assert main([*given, "--json", str(tmp_path / "b.json")]) == 0
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert {row["steps"] for row in written["results"] if row["kind"] == "run"} == {2, 3}
+    assert not any("stopped" in note for note in written["machine"]["notes"])
 
 
 def test_what_does_not_fit_into_memory_is_refused(
@@ -766,7 +787,7 @@ def test_sdxl_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "mini", mini)
     host = Host("mini", mini, build("mini", torch.bfloat16, torch.device("cpu"), seed=0), size=128, batch=2)
     methods = [Method("plain", host), Merged("default", host, HALF)]
-    found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
+    *_, found = Rounds(host, methods, repeats=1, steps=[], bound=True).measure(tqdm(disable=True))
     assert {short.tokens for short in found.plans["default"].parts["later"].values()} == {
         64
     }  # its finest attention is at half size

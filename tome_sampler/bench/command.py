@@ -104,7 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0, help="of weights, noise and packages (default %(default)s)")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
     out = parser.add_argument_group("output, besides the printed table")
-    out.add_argument("--json", type=Path, metavar="FILE", help='everything: {"machine": ..., "results": [...]}')
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help='everything, as it comes: {"machine": ..., "results": [...]}'
+    )
     out.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
     out.add_argument(
         "--plot",

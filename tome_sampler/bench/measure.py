@@ -23,7 +23,7 @@ from tome_sampler.models import DTYPES
 
 def measure(settings: Settings, progress: bool = True) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """The machine, with how it was measured, and a row for each method and kind of step: all there are so far, after
-    each model, size and batch. What will not fit into memory is noted and left out.
+    each model, size and batch, and its single steps. What will not fit into memory is noted and left out.
 
     Raises:
         ValueError: nothing fits into memory, or there is no such attention kernel.
@@ -56,10 +56,6 @@ def measure(settings: Settings, progress: bool = True) -> Iterator[tuple[dict[st
                 except ValueError as error:
                     notes.append(f"not measured: {error}")
                     continue
-                with attention_on(settings.backend, model), _bar(f"{name} {size} x{batch}", progress) as bar:
-                    methods = settings.methods_on(host)
-                    rounds = Rounds(host, methods, repeats=settings.repeats, steps=settings.steps, bound=settings.bound)
-                    found = rounds.measure(bar)
                 common = {
                     "method": "",
                     "arch": name,
@@ -70,6 +66,16 @@ def measure(settings: Settings, progress: bool = True) -> Iterator[tuple[dict[st
                     "device": str(settings.device),
                     "backend": settings.backend,
                 }
+                with attention_on(settings.backend, model), _bar(f"{name} {size} x{batch}", progress) as bar:
+                    methods = settings.methods_on(host)
+                    rounds = Rounds(host, methods, repeats=settings.repeats, steps=settings.steps, bound=settings.bound)
+                    for found in rounds.measure(bar):
+                        left = [str(length) for length in settings.steps if length not in found.runs]
+                        if left:
+                            case = f"{name} at {size} pixels, batch {batch}"
+                            said = f"{case}: stopped before its runs of {', '.join(left)} steps ended"
+                            now = {"load": [before, report.load()], "notes": [*notes, *found.notes, said]}
+                            yield machine | now, [*rows, *rows_of(found, common)]
                 rows += rows_of(found, common)
                 notes += [note for note in found.notes if note not in notes]
                 del host, methods, rounds, found

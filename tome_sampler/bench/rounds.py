@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -70,10 +70,12 @@ class Rounds:
         self._inputs: dict[int, Inputs] = {}  # by the step of the usual run
 
     @torch.no_grad()
-    def measure(self, bar: tqdm[Any]) -> Findings:
-        """A warm-up round, timed rounds, two rounds that look inside, whole runs."""
+    def measure(self, bar: tqdm[Any]) -> Iterator[Findings]:
+        """A warm-up round, timed rounds, two rounds that look inside, whole runs. Gives what is found so far after the
+        single steps, and after the runs of each length, which may take hours."""
         self._bar, found = bar, self.found
-        bar.total = sum(len(m.phases) for m in found.methods) + self._calls_to_come()
+        dry = sum(self._lengths) * sum(m.varies for m in found.methods)
+        bar.total = sum(len(m.phases) for m in found.methods) + dry + self._calls_to_come()
         self._prepare({m.place(phase) for m in found.methods for phase in m.phases})
         self._warm_up()
         self._add_limits()
@@ -92,11 +94,12 @@ class Rounds:
                     continue
                 found.steps.setdefault(turn.name, []).append(taken)
         self._look_inside([turn for turn in turns if turn.method in found.methods])
+        yield found
         for length in self._lengths:
             self._run(length)
+            yield found
         for method in found.methods:
             method.release()
-        return found
 
     def _calls_to_come(self) -> int:
         """After the warm-up round."""
@@ -186,7 +189,9 @@ class Rounds:
         x = self._host.noise * sigmas[0]
         method.restart(sigmas)
         for step, sigma in enumerate(sigmas):
+            self._bar.set_postfix_str(f"{method.name}, its lengths in step {step + 1} of {length}")
             seen, out = record(method, self._host.inputs(x, sigma), sigma, step)
+            self._bar.update()
             plans.append(plan_of(seen, plain))
             x = self._host.advance(x, out, sigma, [*sigmas, 0.0][step + 1])
         return plans
