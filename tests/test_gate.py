@@ -102,6 +102,19 @@ def test_a_session_leaves_short_layers_alone_and_says_so_once(calibration: Path)
     assert one(MergeSession(MergeConfig(refresh=Always(), min_tokens=0)), tokens()) is not None
 
 
+def test_under_autocast_the_precision_of_the_attention_decides(calibration: Path) -> None:
+    """Norms give fp32 there, and attention takes less."""
+    gate.write_table(calibration, {}, [{**ROW, "kept": 1}, {**ROW, "dtype": "bfloat16", "kept": 65, "always": 65}])
+    config, x = MergeConfig(threshold=None), tokens()  # 64 of them
+    assert one(MergeSession(config), x) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert one(MergeSession(config), x) is None
+        assert gate.computed_in(torch.float64, "cpu") == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            assert one(MergeSession(config), x) is not None
+    assert gate.computed_in(torch.float32, "meta") == torch.float32
+
+
 ALIKE = MergeConfig(ratio=0.5, threshold=0.9, floor=0.0, early_ratio=None, importance=0.0, refresh=Always())
 ON_ITS_OWN = {"branches": ("cond",), "size": (32, 32)}
 

@@ -76,6 +76,17 @@ def pays_alone(part: str, n: int, channels: int, device: str, ratio: float, alwa
     return measured and shortest / less <= n <= longest * less
 
 
+def computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The precision that a layer's attention computes in whose tokens are of `dtype`: under autocast (AUTOMATIC1111's
+    default on CUDA) a norm gives fp32, and the layers after it take less."""
+    if dtype == torch.float64:  # which it lets be
+        return dtype
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4 and later
+        under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if under else dtype
+    return torch.get_autocast_gpu_dtype() if device == "cuda" and torch.is_autocast_enabled() else dtype
+
+
 @lru_cache(maxsize=256)
 def _at_half(channels: int, dtype: str, device: str, backend: str, always: bool) -> int:
     rows = [row for row in _table() if row["device"] == device]

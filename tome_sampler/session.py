@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tome_sampler.config import MergeConfig
-from tome_sampler.gate import ALONE, CALLS, least_tokens, pays_alone
+from tome_sampler.gate import ALONE, CALLS, computed_in, least_tokens, pays_alone
 from tome_sampler.importance import cfg_magnitude, importance_on_grid, importance_rank
 from tome_sampler.matching import (
     Dst,
@@ -346,7 +346,7 @@ class MergeSession:
     ) -> str | None:
         """Why a layer is better left alone than merged at a ratio > 0, or None."""
         always = calls_served(self.config.refresh) < CALLS
-        least = least_tokens(channels, dtype, device, ratio, always)
+        least = least_tokens(channels, computed_in(dtype, device), device, ratio, always)
         if n < least:
             return f"layers of {n} tokens are left alone: on {device} merging pays from {least} (min_tokens='auto')"
         alone = self._alone(layer)
