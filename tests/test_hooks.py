@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import pickle
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -72,6 +73,19 @@ def test_a_model_merges_whatever_torch_s_default_precision_is(modules: tuple[str
         assert session.stats.merged
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_model_that_merges_is_not_copied(copied: Callable[[nn.Module], Any]) -> None:
+    """Its copy would merge for ever."""
+    model = LdmUNet()
+    for _ in range(2):
+        with (
+            merging(model, CONFIG),
+            pytest.raises(TypeError, match="merged: remove_patch it first"),
+        ):
+            copied(model)
+        copied(model)
 
 
 @pytest.fixture(params=["diffusers", "ldm"])

@@ -133,6 +133,13 @@ class _Attachment:
         self._parts.clear()
         self._resting.clear()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy would merge by the original's session, and nothing would take its hooks off."""
+        raise TypeError(
+            "a model cannot be copied or pickled while its tokens are merged: remove_patch it first (a state_dict can "
+            "be saved at any time)"
+        )
+
     def _abandon(self) -> None:
         """Close what an interrupt left open: torch runs `always_call` hooks after an Exception, not after others."""
         for opened in self._open.values():
