@@ -20,7 +20,7 @@ TO_CUSTOM = {"fn": None, JS: f"() => {CUSTOM!r}", "show_progress": False}
 QUIET = {"show_progress": False, "queue": False}
 EXPLAINED = (
     *("ratio", "early_ratio", "early_sigma", "threshold", "floor", "stride", "destinations", "search", "start", "end"),
-    *("modules", "early_modules"),
+    *("modules", "early_modules", "batch_rule", "random", "pool", "neighbourhood"),
 )
 
 
@@ -112,13 +112,14 @@ def fill_pasted(text: str, params: dict[str, Any]) -> None:
 
 
 def explained(args: Sequence[Any], own: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the settings come to, and which of them have no effect and why. own: the user's presets by name."""
+    """What the settings come to, and which of those that were changed have no effect and why. own: the user's presets
+    by name."""
     try:
         request = read_args([True, CUSTOM, *list(args)[2:]], own)
     except ValueError as error:
         return f"<span class='tome-sampler-hint'>{html.escape(str(error))}</span>"
     config = request.config or MergeConfig()
-    lines = [_share(config), *(f"<i>{label}</i> has no effect {why}." for label, why in _idle(config))]
+    lines = [_share(config), *(f"<i>{BY_NAME[name].label}</i> has no effect {why}." for name, why in _idle(config))]
     return "<span class='tome-sampler-hint'>" + " ".join(lines) + "</span>"
 
 
@@ -158,23 +159,22 @@ def _where(config: MergeConfig) -> str:
 
 
 def _idle(config: MergeConfig) -> list[tuple[str, str]]:
+    """The settings that do nothing beside the others, and why; not those that nobody has touched."""
     if config.ratio == 0 or config.start >= config.end:
         return []
-    found = []
+    found = {}
     if config.early is None:
-        found.append((BY_NAME["early_sigma"].label, "without an early ratio"))
-        if config.early_modules is not None:
-            found.append((BY_NAME["early_modules"].label, "without an early ratio"))
+        found |= dict.fromkeys(("early_sigma", "early_modules"), "without an early ratio")
     if config.threshold is None:
-        found.append((BY_NAME["floor"].label, "without a threshold"))
-        found.append((BY_NAME["batch_rule"].label, "without a threshold"))
-    if config.destinations != "grid" and config.random:
-        found.append((BY_NAME["random"].label, f"with the destinations '{config.destinations}'"))
+        found |= dict.fromkeys(("floor", "batch_rule"), "without a threshold")
+    if config.destinations != "grid":
+        found["random"] = f"with the destinations '{config.destinations}'"
     if config.destinations != "pool":
-        found.append((BY_NAME["pool"].label, f"with the destinations '{config.destinations}'"))
+        found["pool"] = f"with the destinations '{config.destinations}'"
     if config.search == "global":
-        found.append((BY_NAME["neighbourhood"].label, "with the global search"))
-    return found
+        found["neighbourhood"] = "with the global search"
+    untouched = MergeConfig()
+    return [(name, why) for name, why in found.items() if getattr(config, name) != getattr(untouched, name)]
 
 
 def _rows(

@@ -1246,7 +1246,6 @@ def test_controls_explain_themselves(host: Host) -> None:
     ]
     assert by_id["script_txt2img_tome_sampler_ratio"].kwargs["maximum"] == 0.75
     defaults = [c.value for c in host.components]
-    assert "Neighbourhood" in ui.explained(defaults, {})
 
     def explained(**values: Any) -> str:
         names = ["enabled", "preset", *(f.name for f in table)]
@@ -1254,18 +1253,25 @@ def test_controls_explain_themselves(host: Host) -> None:
         return str(ui.explained(moved, {})).removeprefix("<span class='tome-sampler-hint'>").removesuffix("</span>")
 
     first = "Merges 75% of the tokens of a layer while sigma is above 3, then 20% to 50%"
-    assert explained().startswith(first + ". <i>")
-    assert explained(threshold=0.0, early_sigma=1.5).startswith(
-        "Merges 75% of the tokens of a layer while sigma is above 1.5, then 50%. <i>"
+    assert explained() == first + "."  # nothing of what the settings that nobody has touched do not do
+    assert explained(threshold=0.0, early_sigma=1.5) == (
+        "Merges 75% of the tokens of a layer while sigma is above 1.5, then 50%."
     )
-    assert explained(early_ratio="off").startswith(
-        "Merges 20% to 50% of the tokens of a layer. <i>Early until sigma</i> has no effect without an early ratio. <i>"
+    assert explained(early_ratio="off") == "Merges 20% to 50% of the tokens of a layer."
+    assert explained(early_ratio="off", early_sigma=1.5) == (
+        "Merges 20% to 50% of the tokens of a layer. <i>Early until sigma</i> has no effect without an early ratio."
     )
-    early = "Merges 75% of the tokens of a whole block while sigma is above 3, then 20% to 50% of a layer. <i>"
-    assert explained(early_modules=["block"]).startswith(early)
-    assert explained(modules=["block"]).startswith(first.replace("layer", "whole block") + ". <i>")
+    early = "Merges 75% of the tokens of a whole block while sigma is above 3, then 20% to 50% of a layer."
+    assert explained(early_modules=["block"]) == early
+    assert explained(modules=["block"]) == first.replace("layer", "whole block") + "."
     assert "<i>Early merge in</i> has no effect" in explained(early_modules=["block"], early_ratio="off")
-    assert explained(start=0.25).startswith(first + "; only from 25% to 100% of the noise schedule. <i>")
+    assert explained(start=0.25) == first + "; only from 25% to 100% of the noise schedule."
+    moved = {"floor": 0.1, "batch_rule": "max", "pool": 2.0, "neighbourhood": 4, "random": True}
+    noted = explained(threshold=0.0, **moved)
+    assert all(f"<i>{f.label}</i> has no effect" in noted for f in table if f.name in moved)
+    assert set(moved) <= set(ui.EXPLAINED)
+    (heard,) = [event["fn"] for name, event in by_id["script_txt2img_tome_sampler_pool"].events if name == "change"]
+    assert "<i>Pool size</i>" in heard(*[2.0 if c.elem_id.endswith("_pool") else c.value for c in host.components])
     assert explained(ratio=0) == "Merges nothing in any part of the run: the ratio is 0."
     assert explained(start=1.0) == "Merges nothing: it ends where it starts."
     assert "it must be a number from 0 to 0.75" in explained(ratio=0.9)

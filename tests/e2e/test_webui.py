@@ -624,6 +624,8 @@ def test_page_accordion_and_generate(page: Page) -> None:
     press_generate(page)
     expect(page.locator("#html_info_txt2img").first).to_contain_text("ToMe Sampler: Balanced")
     expect(page.locator("#script_txt2img_tome_sampler_status").first).to_contain_text("of the tokens merged")
+    seen = "e => { let o = 1; for (; e; e = e.parentElement) o *= getComputedStyle(e).opacity; return o }"
+    assert page.locator(".tome-sampler-status:visible").first.evaluate(seen) > 0.5
     shot(page, "generated")
 
 
