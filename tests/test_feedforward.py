@@ -329,3 +329,30 @@ def test_of_nested_sessions_only_the_one_at_work_halves(ldm_unet: LdmUNet) -> No
             assert seen["first.ff"] == [32, 32, 32, 32]
         call_ldm(ldm_unet, t=300)
     assert seen["first.ff"] == [32] * 6
+
+
+@pytest.mark.parametrize(("chunk", "dim"), [(1, 0), (64, 1), (32, 1)])
+@pytest.mark.parametrize("modules", [("attn1", "ff"), ("block",)])
+def test_feed_forwards_that_are_called_in_chunks_keep_their_tokens(
+    unet: nn.Module, modules: tuple[str, ...], chunk: int, dim: int
+) -> None:
+    """A chunk of one level may have as many tokens as another level, whose pairs are not its own; and merged tokens
+    need not divide by a chunk's size, which diffusers takes for an error."""
+    config = CONFIG.with_(modules=modules, levels=2, ratio=0.7, threshold=None, early_ratio=None)
+    with merging(unet, config):
+        at_once = call_unet(unet)
+    left = call_unet(unet)
+    if "attn1" in modules:
+        with merging(unet, config.with_(modules=("attn1",))):
+            left = call_unet(unet)
+    for module in unet.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(chunk, dim)
+    with merging(unet, config) as session:
+        found = call_unet(unet)
+    if modules == ("block",) and dim == 0:  # whole rows: that is what a block is merged by
+        torch.testing.assert_close(found, at_once)
+    else:
+        torch.testing.assert_close(found, left)
+        assert not torch.allclose(found, at_once)
+        assert session.stats.notes == ["feed-forwards are called in chunks (set_chunk_feed_forward): passed through"]

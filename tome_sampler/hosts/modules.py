@@ -211,6 +211,15 @@ class _Attachment:
         self._apart |= compiled and not alike
         return compiled and not alike
 
+    def _in_chunks(self, block: nn.Module, of_rows: bool = True) -> bool:
+        """Whether a block calls its feed-forward on one chunk after the other (diffusers' ``set_chunk_feed_forward``):
+        a chunk has no pairs of its own, and merged tokens need not divide by its size. of_rows: or of whole rows."""
+        if getattr(block, "_chunk_size", None) is None or not (of_rows or block._chunk_dim != 0):
+            return False
+        if not is_compiling():
+            self.session.note("feed-forwards are called in chunks (set_chunk_feed_forward): passed through")
+        return True
+
     def _before(self, layer: Layer, block: nn.Module, part: str, place: int) -> Any:
         number = self._compiled.add(layer)
 
@@ -218,7 +227,7 @@ class _Attachment:
             self._reached = True
             if part not in self.session.modules:
                 return None
-            x = _tokens(args, kwargs)
+            x = None if part == "ff" and self._in_chunks(block) else _tokens(args, kwargs)
             if x is not None and not is_compiling() and self.session.leaves_alone(layer, x.shape[1]):
                 self._idle.add(place)
                 return None
@@ -255,7 +264,8 @@ class _Attachment:
                 return None
             masked = isinstance(kwargs.get("attention_mask"), Tensor)  # made for all tokens
             blind = not self._blind.isdisjoint(module.children())
-            x = None if masked or blind or _needs_all(kwargs) else _tokens(args, kwargs)
+            whole = masked or blind or _needs_all(kwargs) or self._in_chunks(module, of_rows=False)
+            x = None if whole else _tokens(args, kwargs)
             if is_compiling():
                 if x is None:
                     return self._compiled.skip()
