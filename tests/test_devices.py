@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -153,9 +153,12 @@ def test_kept_pairs_launch_one_kernel_to_merge_one_to_unmerge_and_three_to_count
 
 
 def flash_alone() -> AbstractContextManager[None]:
-    """Attention runs on the flash kernel, or raises."""
-    attention = pytest.importorskip("torch.nn.attention")
-    return attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION)  # type: ignore[no-any-return]
+    """Attention runs on the flash kernel, or raises; before torch 2.3 the profiler alone tells."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
 def test_attention_that_counts_merged_keys_stays_on_the_flash_kernel(device: torch.device) -> None:
@@ -167,7 +170,8 @@ def test_attention_that_counts_merged_keys_stays_on_the_flash_kernel(device: tor
             step(SIGMAS[1])
     names = [event.key for event in found.key_averages()]
     assert any("flash" in name for name in names), names
-    assert not any("fmha_cutlass" in name or "efficient_attention" in name for name in names), names
+    others = ("fmha_cutlass", "efficient_attention", "attention_math")
+    assert not any(other in name for name in names for other in others), names
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

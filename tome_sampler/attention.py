@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 Form = Literal["mask", "channel"]
 
-FORM: dict[str, Form] = {"cpu": "mask"}
+FORM: dict[str, Form] = {"cpu": "mask" if torch.__version__ >= "2.3" else "channel"}
 """How log(size) is handed over, per device: a mask where the kernel takes one cheaply (`benchmarks/attention_form.py`),
-one more q/k channel elsewhere, because on CUDA a mask loses the flash kernel."""
+one more q/k channel elsewhere: with a mask CUDA loses its flash kernel, and so does a CPU with a torch before 2.3."""
 
 _SDPA: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 """Torch's own. What ``torch.nn.functional`` has by that name may be another kernel (SageAttention's way in), which adds

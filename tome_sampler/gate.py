@@ -84,6 +84,8 @@ def computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
     if hasattr(torch, "get_autocast_dtype"):  # torch 2.4 and later
         under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if under else dtype
+    if device == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else dtype
     return torch.get_autocast_gpu_dtype() if device == "cuda" and torch.is_autocast_enabled() else dtype
 
 
