@@ -160,7 +160,7 @@ def _kind_of_file(path: Path, allow_pickle: bool) -> str:
     if path.suffix in PICKLED:
         if not allow_pickle:
             raise ValueError(f"{path.name} {_PICKLED}")
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)  # str: torch 2.1 maps no Path
         names = list(held.get("state_dict", held))
     else:
         names = list(_header(path))
